@@ -353,7 +353,7 @@ class ResultFiles(L.Callback):
         log_checkpoints(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of validation."""
+        """Start the clock of validation or test."""
         self._evaluation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -369,9 +369,7 @@ class ResultFiles(L.Callback):
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, self._scores, "validate", "valid")
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of the test."""
-        self._evaluation_started = time.perf_counter()
+    on_test_start = on_validation_start
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores and the result of the test."""
@@ -399,9 +397,16 @@ class ResultFiles(L.Callback):
         }
         if not trainer.is_global_zero:
             return
-        scores = _with_exits(
-            trainer, cast("ExitRecommender", pl_module), _scores(pl_module)
-        )
+        scores = _scores(pl_module)
+        plans = exit_calibration_of(trainer).plans
+        if plans is not None:  # where each row leaves, and the logit it leaves with
+            base = cast("ExitRecommender", pl_module).feature_baseline().base
+            features = data_of(trainer).features_of(scores, base)
+            layer, logit = plans.plan.emitted(plans.plan.outputs(scores, features))
+            scores = scores.with_columns(
+                exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
+                adaptive_logit=pl.Series(logit.numpy()).cast(pl.Float32),
+            )
         # calibrate reads valid by its name
         name = f"{split}-{self.tag}" if self.tag and split != "valid" else split
         path = write_table(
@@ -459,18 +464,3 @@ def _scores(module: L.LightningModule) -> pl.DataFrame:
     scores = cast("ExitRecommender", module).scores
     assert scores is not None
     return scores
-
-
-def _with_exits(
-    trainer: L.Trainer, module: ExitRecommender, scores: pl.DataFrame
-) -> pl.DataFrame:
-    """The score table with where each row leaves and the logit it leaves with, where there is a plan."""
-    plans = exit_calibration_of(trainer).plans
-    if plans is None:
-        return scores
-    features = data_of(trainer).features_of(scores, module.feature_baseline().base)
-    layer, logit = plans.plan.emitted(plans.plan.outputs(scores, features))
-    return scores.with_columns(
-        exit_layer=pl.Series(layer.numpy()).cast(pl.Int64),
-        adaptive_logit=pl.Series(logit.numpy()).cast(pl.Float32),
-    )

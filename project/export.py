@@ -17,12 +17,13 @@ import torch
 import yaml  # type: ignore[import-untyped]  # as in project.run
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from project.bundle import ITEM_VECTORS
+from project.config import open_run
 from project.data.download import SOURCES
 from project.data.prompt import NUMBERS as KINDS
-from project.data.prompt import RATING_SCALE, shows_items, shows_numbers
+from project.data.prompt import RATING_SCALE, shows_numbers
 from project.data.vocabulary import Vocabulary
 from project.engine.predict import load_run
 from project.errors import DataError
@@ -31,7 +32,7 @@ from project.features import FeatureBaseline, Term
 from project.model.attention import SEGMENTS
 from project.model.backbone import Backbone
 from project.model.heads import ExitHead
-from project.model.module import ExitRecommender, LoraSettings
+from project.model.module import ExitRecommender
 from project.report.report import Run, read_run
 from project.report.tables import render
 from project.run import SCHEMA_VERSION, SEEN, own_version, read_checkpoint, read_config
@@ -61,7 +62,7 @@ engine.{numbers}
 ## Load it
 
 ```python
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 model = AutoModel.from_pretrained(folder)  # the backbone; its last norm is the base model's, the heads have their own
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -166,7 +167,12 @@ def export(run: Path, folder: Path) -> Path:
     # 2. the run: its model, exit plan and results
     bundle = json.loads((run / "bundle" / "bundle.json").read_text(encoding="utf-8"))
     results = read_run(run)
-    module, plans = _load(run, bundle)
+    module, data = open_run(run)
+    plans = load_run(module.eval(), data.tokenizer, run / "checkpoints" / "last.ckpt")
+    if foreign := [k for k, head in module.heads.items() if type(head) is not ExitHead]:
+        raise DataError(
+            f"{run} has heads of a class of its own at layers {', '.join(foreign)}; export knows ExitHead alone."
+        )
     baseline, backbone = module.feature_baseline(), module.backbone
     assert backbone is not None
     policy = {
@@ -236,23 +242,6 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     if "exits" in config:  # names the criterion's class
         kept["exits"] = config["exits"]
     return str(yaml.safe_dump(kept, sort_keys=False))
-
-
-def _load(run: Path, bundle: Mapping[str, Any]) -> tuple[ExitRecommender, Plans]:
-    """The run's module with the weights of its last checkpoint, and its plans."""
-    settings = read_config(run)["model"]
-    lora = settings.get("lora")
-    module = ExitRecommender(
-        bundle["base_model"],
-        bundle["exit_layers"],
-        lora=LoraSettings(**lora) if lora else None,
-        freeze_embeddings=settings.get("freeze_embeddings", True),
-        answers=bundle["answers"],
-        numbers=shows_numbers(bundle["prompt"]["segment"]),
-        items=shows_items(bundle["prompt"]["segment"]),
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(run / "bundle" / "tokenizer")
-    return module.eval(), load_run(module, tokenizer, run / "checkpoints" / "last.ckpt")
 
 
 def _save_backbone(backbone: Backbone, folder: Path) -> None:

@@ -93,13 +93,6 @@ class Baseline:
             )
         return found.to_numpy().astype(np.float64)
 
-    def calibration(self, rows: pl.DataFrame) -> BaselineCalibration | None:
-        """Fitted on the targets of valid's fold `select`; None where a class is missing there."""
-        select = targets_of(rows, "valid", "select")
-        return BaselineCalibration.fit(
-            self.logits(select["row_id"]), select["label"].to_numpy()
-        )
-
 
 def fit_baselines(
     rows: pl.DataFrame,
@@ -250,7 +243,12 @@ def baseline_rows(
         splits = baselines[0].scores["split"].unique(maintain_order=True).to_list()
         folds = ("select", "tune") if "valid" in splits else ()
         parts = [*((split, None) for split in splits), *(("valid", fold) for fold in folds)]
-    calibrations = [baseline.calibration(rows) for baseline in baselines]
+    select = targets_of(rows, "valid", "select")
+    liked = select["label"].to_numpy()
+    calibrations = [
+        BaselineCalibration.fit(baseline.logits(select["row_id"]), liked)
+        for baseline in baselines
+    ]
     found = list[BaselineRow]()
     for split, fold in parts:
         part = targets_of(rows, split, fold)

@@ -25,7 +25,7 @@ from project.evaluation.baselines import (
 )
 from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.networks import kept_networks
-from project.exits.cost import row_cost
+from project.exits.cost import row_tokens
 from project.exits.plan import ExitPlan, Plans
 from project.metrics import OwnMetric, auc, head_metrics, probabilities, session_metrics
 from project.results import (
@@ -33,7 +33,6 @@ from project.results import (
     AgainstStatic,
     Calibrated,
     Comparison,
-    Difference,
     ExitRow,
     Head,
     OwnMetricRows,
@@ -267,26 +266,13 @@ def add_comparisons(
         }
     ranker = split.interactions.own_scores
     if ranker is not None:
-        found["own_differences"] = own_differences(
-            ranker, baselines, targets["row_id"], split.rows, scores
-        )
-
-
-def own_differences(
-    name: str,
-    baselines: list[Baseline],
-    row_ids: ArrayLike,
-    rows: pl.DataFrame,
-    scores: Mapping[str, F64],
-) -> dict[str, Difference]:
-    """Named `scores` (n,) minus the baseline of this name, which is the ranker that runs today."""
-    own = next(baseline for baseline in baselines if baseline.name == name)
-    against = AgainstBaseline(own, row_ids, rows)
-    return {
-        of: against.difference(logits)
-        for of, logits in scores.items()
-        if of != f"baseline {name}"
-    }
+        own = next(baseline for baseline in baselines if baseline.name == ranker)
+        against = AgainstBaseline(own, targets["row_id"], split.rows)
+        found["own_differences"] = {
+            of: against.difference(logits)
+            for of, logits in scores.items()
+            if of != f"baseline {ranker}"
+        }
 
 
 def scored_result(
@@ -395,11 +381,8 @@ class PlannedRows:
         self.calibrated: F64 = outputs.logits.double().numpy()
         self.layer: I64 = layer.numpy()
         self.logit: F64 = logit.double().numpy()
-        self._target, self._shared = (
-            torch.from_numpy(scores[f"{x}_tokens"].to_numpy().copy())
-            for x in ("target", "stream")
-        )
-        self._prefix_cached = prefix_cached
+        # (n,) tokens that run in every layer
+        self._tokens: F64 = row_tokens(scores, prefix_cached).double().numpy()
         self._bootstrap = UserBootstrap(self.users, draws)
 
     def calibrated_metrics(self, layer: int) -> Calibrated:
@@ -420,13 +403,13 @@ class PlannedRows:
     def summary(self, static_exit: int) -> PlanRow:
         """Accuracy and cost of the plan, beside the static exit of equal accuracy and that of equal cost."""
         full = self.plan.layers[-1]
-        spent = self._cost(self.layer)
+        spent = self.layer * self._tokens  # (n,) token-layers
         total = spent.sum()
-        whole = self._static_cost(full).sum()
+        whole = full * self._tokens.sum()
         drop = self._bootstrap.difference_interval(self.head(full), self.logit, self.labels)
         # of equal cost: the deepest exit that costs no more; the shallowest where all cost
         # more
-        affordable = [k for k in self.plan.layers if self._static_cost(k).sum() <= total]
+        affordable = [k for k in self.plan.layers if k * self._tokens.sum() <= total]
         equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
             "criterion": self.plan.criterion,
@@ -439,21 +422,11 @@ class PlannedRows:
             "auc_drop_interval": drop["interval"],
             "token_layer_speedup": float(whole / total) if total else None,
             "speedup_over_static": self._bootstrap.ratio_interval(
-                self._static_cost(static_exit), spent
+                static_exit * self._tokens, spent
             ),
             "static_exit": self._against(static_exit),
             "equal_cost": self._against(equal_cost),
         }
-
-    def _cost(self, layer: I64) -> F64:
-        """Token-layers (n,) where each row leaves at `layer` (n,)."""
-        spent = row_cost(
-            torch.from_numpy(layer), self._target, self._shared, self._prefix_cached
-        )
-        return spent.double().numpy()
-
-    def _static_cost(self, layer: int) -> F64:
-        return self._cost(np.full(self.layer.shape, layer, dtype=np.int64))
 
     def head(self, layer: int) -> F64:
         """(n,) calibrated logits of one head."""

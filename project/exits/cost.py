@@ -6,22 +6,18 @@ Where the history's keys and values are cached, a candidate's own tokens are the
 
 from __future__ import annotations
 
+import polars as pl
 import torch
 from torch import Tensor
 
 
-def row_tokens(
-    target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False
-) -> Tensor:
-    """Tokens that run per layer in requests of one candidate each, (n,): the history's count unless cached."""
-    return target_tokens if prefix_cached else target_tokens + stream_tokens
+def row_tokens(scores: pl.DataFrame, prefix_cached: bool) -> Tensor:
+    """Tokens that run per layer where each of a score table's n rows is a request, (n,): the history's unless cached.
 
-
-def row_cost(
-    layer: Tensor, target_tokens: Tensor, stream_tokens: Tensor, prefix_cached: bool = False
-) -> Tensor:
-    """Token-layers of requests of one candidate each, (n,), which leave at these layers (n,)."""
-    return layer * row_tokens(target_tokens, stream_tokens, prefix_cached)
+    A row that leaves at layer k costs k times as many token-layers.
+    """
+    own = scores["target_tokens"].to_torch()
+    return own if prefix_cached else own + scores["stream_tokens"].to_torch()
 
 
 def request_cost(

@@ -116,8 +116,7 @@ def fit_heads(
         raw.logits, scores["label"].to_numpy(), raw.layers, exit_0
     )
     outputs = HeadOutputs(raw.layers, calibration.apply(raw.logits), raw.retrieved)
-    own, shared = scores["target_tokens"].to_torch(), scores["stream_tokens"].to_torch()
-    return calibration, outputs, row_tokens(own, shared, prefix_cached)
+    return calibration, outputs, row_tokens(scores, prefix_cached)
 
 
 @dataclass(frozen=True)

@@ -227,31 +227,14 @@ def render_report(run: Run, images: Mapping[str, bytes]) -> str:
 def render_html(text: str, title: str, images: Mapping[str, bytes]) -> str:
     """The page of Markdown: HTML in it is escaped, wide tables scroll, nothing is fetched.
 
-    `images`: file name, as the Markdown names it -> PNG bytes, which are embedded. Any other image is left out.
+    `images`: file name, as the Markdown names it -> PNG bytes, which are embedded.
     """
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = markdown.parse(text)
-    for token in tokens:
-        children = token.children or []
-        for child in children:
-            if (
-                child.type == "image"
-                and (content := images.get(str(child.attrs["src"]))) is not None
-            ):
-                child.attrSet(
-                    "src",
-                    f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}",
-                )
-        if token.type == "inline":
-            token.children = [
-                c
-                for c in children
-                if c.type != "image" or str(c.attrs["src"]).startswith("data:")
-            ]
-    body = str(markdown.renderer.render(tokens, markdown.options, {}))
-    body = body.replace("<table>", '<div class="wide"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = body.replace("<table>", '<div class="wide"><table>')
+    body = body.replace("</table>", "</table></div>")
+    for name, content in images.items():
+        data = base64.b64encode(content).decode("ascii")
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
     page = environment().get_template("page.html.j2")
     return page.render(title=Markup(html.escape(title)), body=Markup(body)) + "\n"
 

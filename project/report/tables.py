@@ -285,27 +285,17 @@ def score_rows(
         )
         found.append(static_cost(line, k, exits, timed))
     plan = result["adaptive"]
-    if exits and plan is not None:
-        first, *static = plan_rows(plan, exits, timed, gain=plan["baseline_difference"])
-        found += [first._replace(own_gain=own_gains.get("plan")), *static]
-    return found
-
-
-def plan_rows(
-    plan: PlanRow,
-    exits: Sequence[ExitRow],
-    timed: Sequence[EngineRow] = (),
-    gain: Difference | None = None,
-) -> list[Line]:
-    """The plan, then the static exits of equal accuracy and of equal cost."""
-    found = [
+    if not exits or plan is None:
+        return found
+    found.append(
         scores_of("plan", plan)._replace(
-            gain=gain,
+            gain=plan["baseline_difference"],
+            own_gain=own_gains.get("plan"),
             depth=plan["mean_depth"],
             saved=plan["token_layer_speedup"],
             clock=_clock(timed, "early_exit", f"budget: {plan['criterion']}"),
         )
-    ]
+    )
     if plan["mean_depth"] == 0:  # the plan is exit 0
         return found
     static, equal = plan["static_exit"], plan["equal_cost"]
@@ -313,9 +303,9 @@ def plan_rows(
     if static["layer"] == equal["layer"]:
         pairs = [(static, "accuracy and cost")]
     calibrated = {row["layer"]: row["calibrated"] for row in exits}
-    for own, of in pairs:
-        k = own["layer"]
-        line = Line(f"exit {k}, of equal {of}", own["auc"])
+    for beside, of in pairs:
+        k = beside["layer"]
+        line = Line(f"exit {k}, of equal {of}", beside["auc"])
         if losses := calibrated.get(k):
             line = line._replace(log_loss=losses["log_loss"])
         found.append(static_cost(line, k, exits, timed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from project.evaluation.baselines import (
     targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
-from project.evaluation.result import own_differences
+from project.evaluation.result import add_comparisons
 from project.features import PRIOR_ROWS, feature_matrix
 from project.metrics import auc, head_metrics
 
@@ -365,7 +366,10 @@ def test_the_ranker_that_runs_today_is_a_baseline() -> None:
     # everything else against it, paired
     test = targets_of(rows, "test")
     scores = {f"baseline {b.name}": b.logits(test["row_id"]) for b in (own, *others)}
-    found = own_differences("my_ranker", [own, *others], test["row_id"], rows, scores)
+    log = SimpleNamespace(interactions=SimpleNamespace(own_scores="my_ranker"), rows=rows)
+    made: Any = {}
+    add_comparisons(made, log, [own, *others], test, scores)  # type: ignore[arg-type]
+    found = made["own_differences"]
     assert set(found) == {f"baseline {name}" for name in NAMES}
     gap = auc(scores["baseline lr_text"], test["label"]) - auc(
         own.logits(test["row_id"]), test["label"]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from project.errors import ConfigError
 from project.exits.calibration import fit_calibration
-from project.exits.cost import request_cost, row_cost
+from project.exits.cost import request_cost, row_tokens
 from project.exits.criteria import HeadOutputs, Learned, Ratio, confidence_table
 from project.exits.plan import ExitPlan, specification
 from project.exits.policy import Policy, leave, oracle_exits, random_exits
@@ -163,7 +164,11 @@ def test_row_golden(cached, costs):
         torch.tensor([10, 20, 30]),
         torch.tensor([100, 50, 70]),
     )
-    assert row_cost(*about, cached).tolist() == costs
+    layer, target, stream = about
+    scores = pl.DataFrame(
+        {"target_tokens": target.numpy(), "stream_tokens": stream.numpy()}
+    )
+    assert (layer * row_tokens(scores, cached)).tolist() == costs
     assert request_cost(torch.arange(3), *about, cached).tolist() == costs
 
 
