@@ -28,12 +28,13 @@ from project.data.requests import (
 )
 from project.data.vocabulary import FIRST_CONTEXT_ID, LOWEST_CONTEXT_ID, Vocabulary
 from project.engine.requests import PreparedRequest, prepare_requests
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 from project.export import export, load_exported
 from project.features import FEATURES, Term
 from project.model.backbone import NumberEmbedding
 from project.request import Item, RankRequest
 from project.serve.ranker import Ranker
+from project.serve.refit import grown_log
 from project.serve.settings import ServeSettings
 from project.serve.shapes import LIMITS, RankBody
 from project.serve.store import Event, EventStore
@@ -243,6 +244,11 @@ def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
             assert ranker.prepare(request).exit_0 == pytest.approx(value, abs=1e-6)
     # the log has another country
     assert np.abs(expected[0] - expected[2]).max() > 1e-3
+    # which a refit would lose
+    with pytest.raises(
+        ConfigError, match=r"The run reads .*user\.country.*, and refit writes"
+    ):
+        grown_log(fitted, store)
 
 
 def test_prompts_show_context(opened: Run, fitted: Path, tmp_path: Path) -> None:

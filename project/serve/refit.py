@@ -45,9 +45,17 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
         raise ConfigError(
             "data.protocol.split is given, which knows no events; expected a split by time."
         )
+    log = data.split.interactions
+    more = [*log.columns, *filter(None, [log.own_scores])]
+    more += {"session"} & {*data.split.rows.columns}
+    if more:
+        raise ConfigError(
+            f"The run reads {', '.join(more)}, and refit writes users, items, times and answers alone. Add the events "
+            "to your log and run fit."
+        )
     # 1. the log and the events, by ids; of a row that stands twice the later
     last, arrived = store.arrivals(seen(run))
-    log, rows = data.split.interactions, data.split.rows.filter(answered(data.split.rows))
+    rows = data.split.rows.filter(answered(data.split.rows))
     old = rows.join(log.users, on="user").join(
         log.items.select("item", "item_id"), on="item"
     )
