@@ -305,11 +305,9 @@ def load_exported(folder: str | Path) -> Exported:
     if (folder / NUMBERS).exists():
         learned = load_file(folder / NUMBERS)
         rated = (0, 0) if len(learned["numbers"]) > len(KINDS) else None
+        backbone.learn("items" in learned, vocabulary.rows, rated)
         if "items" in learned:
-            backbone.learn_items(vocabulary.rows, rated)
             backbone.embed_tokens.know(learned.pop("items"))
-        else:
-            backbone.learn_numbers(vocabulary.rows, rated)
         if vocabulary.rows:
             backbone.embed_tokens.know_context(vocabulary)
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}

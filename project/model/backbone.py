@@ -279,13 +279,16 @@ class Backbone(nn.Module):
         """Drop the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
 
-    def learn_numbers(self, rows: int = 0, answers: tuple[int, int] | None = None) -> None:
-        """Embed ids below zero, too: numbers in prompts, for which the LM has no vectors; `rows` of context."""
-        self.embed_tokens = NumberEmbedding(self.embed_tokens, rows, answers)
+    def learn(
+        self, items: bool, rows: int = 0, answers: tuple[int, int] | None = None
+    ) -> None:
+        """Embed ids below zero, too, for which the LM has no vectors: numbers in prompts, and `rows` of context.
 
-    def learn_items(self, rows: int = 0, answers: tuple[int, int] | None = None) -> None:
-        """Embed ids below those of numbers, too: items, as soon as `embed_tokens.know` has their vectors."""
-        self.embed_tokens = ItemEmbedding(self.embed_tokens, rows, answers)
+        With `answers`, the words no and yes, ratings as well. With `items` ids of items, as soon as `embed_tokens.know`
+        has their vectors.
+        """
+        kind = ItemEmbedding if items else NumberEmbedding
+        self.embed_tokens = kind(self.embed_tokens, rows, answers)
 
     def embed(self, tokens: Tensor, layout: Layout) -> State:
         """State of token ids (B, T) before the first layer; the layout is on their device, its blocks planned."""

@@ -216,10 +216,9 @@ class ExitRecommender(L.LightningModule):
             backbone.embed_tokens.requires_grad_(False)
         # 3. what the embeddings learn beside words
         rated = (no[0], yes[0]) if self.ratings else None
-        if self.items:  # last: they are trained whatever is frozen
-            backbone.learn_items(self.vocabulary.rows, rated)
-        elif self.numbers or self.vocabulary.rows:
-            backbone.learn_numbers(self.vocabulary.rows, rated)
+        if self.items or self.numbers or self.vocabulary.rows:
+            # last: they are trained whatever is frozen
+            backbone.learn(self.items, self.vocabulary.rows, rated)
         self.backbone = backbone
 
     def know(self, data: InteractionData) -> None:

@@ -253,7 +253,7 @@ def test_each_parameter_once(model: tuple[Backbone, nn.ModuleDict]) -> None:
     """Every trainable parameter of backbone and heads is in exactly one group; matrices decay, others do not."""
     backbone, heads = model
     backbone.embed_tokens.requires_grad_(False)
-    backbone.learn_numbers()
+    backbone.learn(items=False)
     groups = parameter_groups(backbone, heads, SETTINGS)
     found = [p.data_ptr() for g in groups for p in g["params"]]
     expected = [
