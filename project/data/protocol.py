@@ -183,10 +183,13 @@ def label_expression(rule: str | None) -> pl.Expr:
             f'data.protocol.label: cannot read the rule {rule!r}. Write it as "rating > 3" (operators > >= < <= ==), '
             "or null for a log with a 0/1 label column, or clicked."
         )
-    compared: pl.Expr = getattr(operator, _OPERATORS[match[1]])(
-        pl.col("rating"), float(match[2])
-    )
+    compared: pl.Expr = _compared(pl.col("rating"), match)
     return compared.cast(pl.Int8)
+
+
+def _compared(rating: Any, rule: re.Match[str]) -> Any:
+    """What a rule says of a rating, or of a column of ratings."""
+    return getattr(operator, _OPERATORS[rule[1]])(rating, float(rule[2]))
 
 
 def label_of(rating: float | None, label: int | None, rule: str | None, place: str) -> int:
@@ -202,7 +205,7 @@ def label_of(rating: float | None, label: int | None, rule: str | None, place: s
         raise DataError(
             f"{place} has a rating, but this run's log has labels 0 and 1; give a label."
         )
-    by_rule = int(getattr(operator, _OPERATORS[match[1]])(rating, float(match[2])))
+    by_rule = int(_compared(rating, match))
     if label not in (None, by_rule):
         raise DataError(
             f"{place} has label {label}, but {rule} makes label {by_rule} of its rating {rating}; give one of them."

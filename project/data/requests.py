@@ -477,9 +477,17 @@ def request_streams(
             fresh.append((stream, user, item, row_id, time, -1, np.nan, True))
             row_id += 1
     # 2. retrieved features of the rows outside the log
-    columns = ["stream", "user", "item", "row_id", "timestamp", "label", "rating"]
-    columns.append("candidate")
-    new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(
+    names = [
+        "stream",
+        "user",
+        "item",
+        "row_id",
+        "timestamp",
+        "label",
+        "rating",
+        "candidate",
+    ]
+    new = pl.DataFrame(fresh, schema=names, orient="row").with_columns(
         pl.col("timestamp", "rating").cast(pl.Float64)
     )
     new = pl.concat([new, retrieve(new).drop("row_id", strict=False)], how="horizontal")

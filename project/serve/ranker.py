@@ -179,8 +179,9 @@ class Ranker:
             known = any(item_id in of for of in (self._codes, items, self.waiting.texts))
             if not (embed or known):
                 (row,) = self._catalogue_with([item]).added
-                if self._absent([item_text(row)]):
-                    self.waiting.add(item_id, item_text(row))
+                text = item_text(row)
+                if self._absent([text]):
+                    self.waiting.add(item_id, text)
             # 2. what waits, and what is observed
             if self.waiting.hold(what, item_id):
                 continue
@@ -384,8 +385,9 @@ class Ranker:
             (self._engine, prepared.keys() - audited - whole),
             (self._whole, whole - audited),
         ):
-            found_here = engine.score([prepared[p] for p in sorted(places)])
-            scored.update(zip(sorted(places), found_here, strict=True))
+            order = sorted(places)
+            found_here = engine.score([prepared[p] for p in order])
+            scored.update(zip(order, found_here, strict=True))
         scored |= {p: self.monitor.audit(prepared[p]) for p in sorted(audited)}
         # 5. Responses.
         titles = items["title"]
@@ -519,7 +521,7 @@ class History:
     def prefix(self, instruction: I64, context_tokens: int) -> StreamTokens:
         """The tokens that all candidates see."""
         made = self._prefix
-        if made is None or made.tokens[: len(instruction)].tolist() != instruction.tolist():
+        if made is None or not np.array_equal(made.tokens[: len(instruction)], instruction):
             lists = Ragged.of([part.tolist() for part in self.tokens])
             made = self._prefix = shared_prefix(
                 instruction, lists, np.array(self.times), context_tokens

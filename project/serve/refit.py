@@ -46,8 +46,11 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
             "data.protocol.split is given, which knows no events; expected a split by time."
         )
     log = data.split.interactions
-    more = [*log.columns, *filter(None, [log.own_scores])]
-    more += {"session"} & {*data.split.rows.columns}
+    more = list(log.columns)
+    if log.own_scores is not None:
+        more.append(log.own_scores)
+    if "session" in data.split.rows.columns:
+        more.append("session")
     if more:
         raise ConfigError(
             f"The run reads {', '.join(more)}, and refit writes users, items, times and answers alone. Add the events "
