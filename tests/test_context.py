@@ -231,7 +231,8 @@ def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
     went_on = Ranker.load(fitted, audit_share=0.0)
     asked = RankRequest("u1", None, ["i1", "i2"], request_id="0")
     for country in ("es", "de", "fr"):
-        users = [{"user_id": "u1", "country": country}, {"user_id": "new", "age": 3}]
+        named = {"u1": country, "new": " nz "}
+        users = [{"user_id": user, "country": of} for user, of in named.items()]
         store.put_users(users)
         went_on.follow(store)
     restarted = Ranker.load(fitted, audit_share=0.0)
@@ -242,6 +243,8 @@ def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
     for ranker in (went_on, restarted):
         for request, value in ((asked, expected[0]), (given[1], expected[1])):
             assert ranker.prepare(request).exit_0 == pytest.approx(value, abs=1e-6)
+        shown = [ranker.attributes_of(user)["country"] for user in ("u1", "new", "u0")]
+        assert shown == ["fr", "nz", "fr"]
     # the log has another country
     assert np.abs(expected[0] - expected[2]).max() > 1e-3
     # which a refit would lose

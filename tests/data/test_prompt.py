@@ -319,6 +319,27 @@ def test_the_datamodule_asks_before_it_retrieves(
     assert [r.request_id for r in predicting.requests.requests] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt(segment="{title}{context}:"), r"segment shows \{context\}.* not read: mood"),
+        (Prompt(segment="{title}:", instruction="{user}"), r"instruction shows \{user\}"),
+    ],
+)
+def test_columns_that_the_log_has_not(
+    prompt: Prompt, words: str, tiny_logs: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    log = pl.read_csv(tiny_logs / "interactions.csv").with_columns(mood=pl.lit("good"))
+    log.write_csv(tmp_path / "log.csv")
+    logs = TableLogs(str(tmp_path / "log.csv"), str(tiny_logs / "items.csv"))
+    protocol = Protocol(label="rating > 3")
+    data = InteractionData(
+        logs, NoRetriever(), protocol, prompt=prompt, tokenizer=str(tiny_model)
+    )
+    with pytest.raises(ConfigError, match=rf"data\.prompt\.{words}.* leave"):
+        _ = data.prompt
+
+
 # Numbers
 
 
