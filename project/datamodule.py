@@ -36,6 +36,7 @@ from project.data.prompt import (
     Prompt,
     PromptEncoder,
     RatingScale,
+    check_columns,
     field_showing,
     item_columns,
     shown_prefixes,
@@ -256,7 +257,9 @@ class InteractionData(L.LightningDataModule):
         numbers = ["mf_number"] if self.mf is not None else []
         numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
         log = self.split.interactions
-        return with_segment(self.wording, self.tokenizer, log.items, numbers, log.columns)
+        prompt = with_segment(self.wording, self.tokenizer, log.items, numbers, log.columns)
+        check_columns(prompt, log.columns, log.not_read)
+        return prompt
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -63,6 +63,9 @@ class FakeRanker:
     def knows_user(self, user_id: str) -> bool:
         return user_id == "u1" or any(e.user_id == user_id for e in self.events)
 
+    def attributes_of(self, user_id: str) -> dict[str, Any]:
+        return {}
+
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
         own = [e for e in self.events if e.user_id == user_id]
         return [

@@ -167,9 +167,7 @@ def brought(
     for name, value in given.items():
         if value is None:
             continue
-        text = text_of(f"{what}.{name}", value).strip()
-        # JSON may hold half of a pair of surrogates, which no encoding takes
-        text = text.encode(errors="replace").decode()
+        text = said(f"{what}.{name}", value)
         if len(text) > MAX_CHARACTERS:
             raise DataError(
                 f"{what}.{name} has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}."
@@ -188,6 +186,23 @@ def brought(
             raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
         found[prefix + name] = number
     return found
+
+
+def said(name: str, value: Any) -> str:
+    """The text of a value of a request."""
+    # JSON may hold half of a pair of surrogates, which no encoding takes
+    return text_of(name, value).strip().encode(errors="replace").decode()
+
+
+def as_given(
+    values: Mapping[str, Any], prefix: str, texts: Mapping[float, str]
+) -> dict[str, Any]:
+    """Values by column as a request brings them: names without prefix, numbers and texts (by code); none missing."""
+    return {
+        column.removeprefix(prefix): texts.get(value, value)
+        for column, value in values.items()
+        if column.startswith(prefix) and value is not None
+    }
 
 
 def fitting(

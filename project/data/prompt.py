@@ -322,6 +322,22 @@ def with_segment(
     )
 
 
+def check_columns(
+    prompt: Prompt, columns: Iterable[str], not_read: Sequence[str] = ()
+) -> None:
+    """Raise `ConfigError` for a {context} or {user} of a log that has no such columns; `not_read` are its others."""
+    for prefix, place, remedy in (
+        (CONTEXT, "segment", "list columns under data.logs.init_args.context"),
+        (USER, "instruction", "name a table under data.logs.init_args.users"),
+    ):
+        there = any(column.startswith(prefix) for column in columns)
+        if prefix in shown_prefixes(prompt) and not there:
+            raise ConfigError(
+                f"data.prompt.{place} shows {{{prefix[:-1]}}}, but the log has no such columns (interactions, not "
+                f"read: {', '.join(not_read) or 'none'}). Expected: {remedy}, or leave the field out."
+            )
+
+
 def shown_prefixes(prompt: Prompt) -> tuple[str, ...]:
     """Prefixes of the columns that a prompt shows in learned tokens."""
     context = CONTEXT_FIELD in field_names(prompt.segment or "")

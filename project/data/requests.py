@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from project.data.context import CONTEXT, USER, values_of
+from project.data.context import CONTEXT, USER, as_given, values_of
 from project.data.prompt import PromptEncoder
 from project.data.protocol import (
     Interactions,
@@ -593,26 +593,14 @@ def catalogue_requests(
                 whose["user_id"] if brought is None else None,
                 brought,
                 listed,
-                context=_as_given(row, CONTEXT, log),
-                user=None if brought is None else _as_given(whose, USER, log),
+                context=as_given(row, CONTEXT, log.texts) or None,
+                user=None if brought is None else as_given(whose, USER, log.texts),
                 time=time,
                 request_id=request_id,
             )
         )
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
     return Workload(Requests(requests, items, codes), table)
-
-
-def _as_given(
-    values: Mapping[str, Any], prefix: str, log: Interactions
-) -> dict[str, Any] | None:
-    """Values of a log's row or user as a request brings them: numbers and texts; None where there are none."""
-    found = {
-        column.removeprefix(prefix): log.texts.get(value, value)
-        for column in log.columns
-        if column.startswith(prefix) and (value := values[column]) is not None
-    }
-    return found or None
 
 
 def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:

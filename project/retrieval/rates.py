@@ -17,10 +17,12 @@ from project.arrays import F64, I64
 from project.data.context import (
     CONTEXT,
     USER,
+    as_given,
     bin_edges,
     brought,
     code_of,
     fitting,
+    said,
     values_of,
     with_users,
 )
@@ -95,6 +97,7 @@ class ContextRates:
         self._events = dict[tuple[str, int], F64]()
         # by user_id, attributes that came after the log
         self._put = dict[str, dict[str, float]]()
+        self._texts = dict(log.texts)  # of a category's value, by its code
 
     def of_log(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Values and rates of readable rows of the log, in their order."""
@@ -125,7 +128,14 @@ class ContextRates:
 
     def put_user(self, user_id: str, attributes: Mapping[str, Any]) -> None:
         """Have requests and later events read these attributes of a user."""
-        self._put[user_id] = fitting(attributes, USER, self.columns)
+        found = self._put[user_id] = fitting(attributes, USER, self.columns)
+        for name, code in found.items():
+            if self.columns[name] == "category":
+                self._texts[code] = said(name, attributes[name.removeprefix(USER)])
+
+    def shown(self, user_id: str) -> dict[str, Any]:
+        """What is known of a user, by name, as a request says it."""
+        return as_given(self.attributes(user_id), USER, self._texts)
 
     def values(self, request: RankRequest) -> dict[str, F64]:
         """(n,) values of a request's candidates by column, what is known of the user included."""

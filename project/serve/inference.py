@@ -258,6 +258,7 @@ class Served:
                         {
                             "known": ranker.knows_user(name),
                             "history": ranker.history_of(name),
+                            "attributes": ranker.attributes_of(name),
                         }
                     )
                 case ("about",):

@@ -284,6 +284,10 @@ class Ranker:
         """Whether the log or an event has this user."""
         return user_id in self._users
 
+    def attributes_of(self, user_id: str) -> dict[str, Any]:
+        """Attributes of a user by name: those put last, then the log's."""
+        return self._rates.shown(user_id)
+
     def history_of(self, user_id: str) -> list[dict[str, Any]]:
         """A user's history, the log's rows and then events: item_id, title, label and time."""
         if user_id not in self._users:

@@ -426,7 +426,7 @@ async def users(
 
 @router.get("/v1/users/{user_id:path}")
 async def user(user_id: shapes.Id, desk: Here) -> dict[str, Any]:
-    """A user's history."""
+    """A user's history, and attributes as requests read them."""
     return dict(await desk.ask(("user", user_id)))
 
 

@@ -322,7 +322,10 @@ def test_the_datamodule_asks_before_it_retrieves(
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (Prompt(segment="{title}{context}:"), r"segment shows \{context\}.* not read: mood"),
+        (
+            Prompt(segment="{title}{context}:"),
+            r"segment shows \{context\}.* read: mood",
+        ),
         (Prompt(segment="{title}:", instruction="{user}"), r"instruction shows \{user\}"),
     ],
 )

@@ -93,7 +93,8 @@ def test_what_comes_to_stay_is_bounded(
     assert (answer.status_code, found in answer.json()["error"]) == (413, True), (
         answer.text[:500]
     )
-    assert make.get("/v1/users/u").json() == {"known": False, "history": []}
+    unknown = {"known": False, "history": [], "attributes": {}}
+    assert make.get("/v1/users/u").json() == unknown
 
 
 def test_a_body_that_is_too_long(client: Make) -> None:
