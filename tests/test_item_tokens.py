@@ -33,7 +33,7 @@ NEW = {"item_id": "new", "title": "a dog at sea", "year": "2020"}
 
 
 def test_ids() -> None:
-    """An item's id is below all numbers'; it shows no number, and reads as its code."""
+    """An item's id is below all numbers' and reads as its code; like a word's it shows no number."""
     encoder = PromptEncoder(Letters(), Prompt(segment="{title}{item_text}:"), ITEMS)
     found = encoder.encode(
         np.array([1, 0]), pl.DataFrame({"likes": [0, 0]}), np.array([1, -1], dtype=np.int8)
@@ -45,7 +45,8 @@ def test_ids() -> None:
     ]
     assert found.tokens[1].tolist() == [*map(ord, "Alien"), FIRST_ITEM_ID, ord(":")]
     assert found.slots.tolist() == [7, 6]
-    assert not read_number_ids(torch.tensor([FIRST_ITEM_ID, FIRST_ITEM_ID - 255]))[0].any()
+    ids = torch.tensor([FIRST_ITEM_ID, FIRST_ITEM_ID - 255, 0, 1, 255, 49151])
+    assert not read_number_ids(ids)[0].any()
 
 
 @pytest.fixture

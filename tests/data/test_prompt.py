@@ -198,16 +198,6 @@ def test_percent_is_two_digits(share: float, text: str) -> None:
     ]
 
 
-def test_least_lengths() -> None:
-    encoder = PromptEncoder(
-        Letters(), Prompt("I\n", "{title} {item_percent}{vote_number}:"), ITEMS
-    )
-    assert encoder.least_lengths().tolist() == [
-        len("I\nAlien ??: yes"),
-        len("I\nBrazil {1} ??: yes"),
-    ]
-
-
 def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
     """A title, attribute or list holds no special token whatever it says; ids of other titles are as before."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -259,14 +249,16 @@ def split(tiny_logs: Path) -> SplitInteractions:
 def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     """Just enough room is enough; a token less names the item, its tokens, the key and what helps.
 
+    A retrieved feature has one token at least.
     The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its own.
     """
     items = split.interactions.items
     item_id, title = max(
         items.select("item_id", "title").iter_rows(), key=lambda row: len(row[1])
     )
-    tokens = len(f"I\n{title}: yes")
-    encoder = PromptEncoder(Letters(), Prompt(instruction="I\n", segment="{title}:"), items)
+    tokens = len(f"I\n{title} ??: yes")
+    prompt = Prompt("I\n", "{title} {item_percent}{vote_number}:")
+    encoder = PromptEncoder(Letters(), prompt, items)
     check_items(encoder, items, tokens)
     words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
     with pytest.raises(ConfigError, match=words):
@@ -431,12 +423,6 @@ def test_a_rating_stands_in_place_of_the_answer() -> None:
     assert text_of(found.tokens[2]).endswith(":")
     start = found.slots[0] + 1
     assert found.tokens[2].tolist() == found.tokens[0][:start].tolist()
-
-
-def test_words_tell_no_number() -> None:
-    told, _ = read_number_ids(torch.tensor([[0, 1], [255, 49151]]))
-    assert told.shape == (2, 2, len(NUMBERS))
-    assert not told.any()
 
 
 def test_segments_hold_one_token_a_field() -> None:
