@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import polars as pl
 import polars.selectors as cs
 import pytest
+import yaml
 from example_logs import CoLikes
-from world import Letters
+from world import Letters, given, result, tiny_settings
 
-from project.data.logs import TableLogs
+from project.api import open_run
+from project.data.logs import OWN_SCORE, TableLogs
 from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import (
     SPLITS,
@@ -27,7 +30,7 @@ from project.data.requests import Requests, request_streams
 from project.data.stream import build_streams
 from project.errors import DataError
 from project.features import RATE
-from project.metrics import auc
+from project.metrics import auc, session_metrics
 from project.request import RankRequest
 from project.retrieval import MatrixFactorisation, RetrievedFeatures
 from project.retrieval.rates import ContextRates
@@ -159,8 +162,8 @@ def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
 def test_a_memoriser_learns_nothing_of_a_session(tmp_path: Path) -> None:
     """The user's own share of likes tells the label where rows of a session read each other, and else nothing."""
     log = session_log(users=600, sessions=2).drop_nulls("session_id")
-    for given, low, high in ((log, 0.45, 0.55), (log.drop("session_id"), 0.75, 1.0)):
-        split = split_of(given, tmp_path)
+    for rows, low, high in ((log, 0.45, 0.55), (log.drop("session_id"), 0.75, 1.0)):
+        split = split_of(rows, tmp_path)
         rate = features_of(split, tmp_path / split.hash).tables()["test"]["user_rate"]
         value = auc(rate.fill_null(0.5), split.rows["label"])
         assert value is not None
@@ -205,6 +208,45 @@ def test_the_index_and_requests_read_what_is_known(tmp_path: Path) -> None:
     )
     readable = pl.col("user") == own["user"], pl.col("known_at") < time
     assert streams.row_id[:-1].tolist() == split.rows.filter(readable)["row_id"].to_list()
+
+
+@pytest.mark.slow
+def test_a_fit_of_sessions_and_own_scores(
+    run: Callable[..., None],
+    tiny_logs: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Of each log alone, fit, test and report; the result's numbers are those of its score table and the log."""
+    log = pl.read_csv(tiny_logs / "interactions.csv")
+    log.with_columns(
+        session_id=pl.format("{} {}", "user_id", pl.col("timestamp") // 20)
+    ).write_csv(tmp_path / "session_id.csv")
+    noise = np.random.default_rng(0).normal(size=log.height)
+    log.with_columns(own=pl.col("rating") + noise).write_csv(tmp_path / "own.csv")
+    for name, column in (("session_id", "by session"), ("own", "minus own")):
+        config = tiny_settings(tiny_logs, tiny_model, tmp_path, name=name)
+        logs = config["data"]["logs"]["init_args"]
+        logs["interactions"] = str(tmp_path / f"{name}.csv")
+        logs["own_scores"] = "own" if name == "own" else None
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        run("fit", "--config", tmp_path / "config.yaml")
+        folder = tmp_path / name / "version_0"
+        run("test", *given(folder))
+        run("report", folder)
+        assert column in (folder / "report" / "report.md").read_text()
+        found = result(folder, "test")
+        scores = pl.read_parquet(folder / "scores" / "test.parquet")
+        rows = open_run(folder).data.split.rows[scores["row_id"].to_list()]
+        deepest, label = scores["logit_3"], rows["label"]
+        if name == "session_id":
+            expected = session_metrics(deepest, label, rows["session"])
+            assert expected["sessions"]
+            assert found["sessions"]["exit 3"] == pytest.approx(expected)
+        else:
+            values = [auc(score, label) or 0 for score in (deepest, rows[OWN_SCORE])]
+            difference = found["own_differences"]["exit 3"]["value"]
+            assert difference == pytest.approx(values[0] - values[1])
 
 
 def test_sessions_need_times(tmp_path: Path) -> None:
