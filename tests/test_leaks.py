@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from world import Letters, no_retrieved, read_split
+from world import Letters, no_retrieved, read_split, whole_prompts
 
 from project.data.logs import RawLogs, TableLogs
-from project.data.prompt import LOWEST_ID, Prompt, PromptEncoder, RatingScale
+from project.data.prompt import Prompt, PromptEncoder, RatingScale
 from project.data.protocol import (
     SPLITS,
     Protocol,
     SplitInteractions,
     apply_protocol,
     build_interactions,
+    known_at,
 )
 from project.data.stream import build_streams
 from project.retrieval import (
@@ -45,6 +46,9 @@ SEGMENT = (
 
 
 def split_of(kind: str, logs: Path) -> SplitInteractions:
+    if kind == "delayed":
+        delayed = Protocol(split="user_time", minimum_history=1, answer_delay=8)
+        return read_split(logs, delayed)
     if kind not in ("given", "undated"):
         return read_split(logs, Protocol(split=kind, minimum_history=1))  # type: ignore[arg-type]
     protocol = Protocol(split="given", label="rating > 3", duplicates="first")
@@ -97,21 +101,7 @@ def prompts(
         items,
         scale=RatingScale(3.0, 1.0),
     )
-    streams = build_streams(rows, retrieved, name, encoder)
-    found: dict[int, str] = {}
-    for s, w in streams.evaluation(400):
-        texts = prompts_of(streams, s, w)
-        ids = [
-            int(streams.row_id[streams.offsets[s] + p])
-            for p in range(w.first, w.last)
-            if streams.target[streams.offsets[s] + p]
-        ]
-        # a rating is a letter behind those of texts
-        found |= {
-            i: "".join(chr(c if c >= 0 else 0x10000 + LOWEST_ID - c) for c in t)
-            for i, t in zip(ids, texts, strict=True)
-        }
-    return found
+    return whole_prompts(build_streams(rows, retrieved, name, encoder))
 
 
 def cuts_of(split: SplitInteractions) -> np.ndarray:
@@ -122,7 +112,7 @@ def lists(prompt: str) -> list[str]:
     return re.findall(r"\[.*?\]", prompt)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "undated"])
+@pytest.mark.parametrize("kind", [*KINDS, "undated", "delayed"])
 @pytest.mark.parametrize(
     "retriever",
     [ItemKNN(), LightGCN(dim=8, epochs=1), LightGCN(dim=8, epochs=1, similar_every=2)],
@@ -135,6 +125,7 @@ def test_a_row_cannot_change_its_own_prompt(
     """Flipping a target's answer, or taking the row out of everybody's past, leaves its own prompt identical."""
     split = split_of(kind, tiny_logs)
     rng = np.random.default_rng(0)
+    known = known_at(split.rows)
     lists_changed = 0
     for name in SPLITS:
         cuts = cuts_of(split)
@@ -152,6 +143,9 @@ def test_a_row_cannot_change_its_own_prompt(
             deleted = prompts(split, split.rows, name, retriever, cuts, absent=row)
             assert flipped[row] == original[row]
             assert deleted[row] == original[row]
+            # nor a prompt of a row that was asked until the answer was known
+            early = split.rows.filter(pl.col("timestamp") <= known[row])["row_id"]
+            assert all(flipped[r] == original[r] for r in {*early} & {*original})
             changed_elsewhere += sum(flipped[r] != original[r] for r in original)
             lists_changed += sum(lists(flipped[r]) != lists(original[r]) for r in original)
         # the test can fail: other prompts do read the flipped answer
@@ -184,11 +178,11 @@ def test_a_list_that_stands_too_early_is_noticed(tiny_logs: Path) -> None:
     assert changed > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "delayed"])
 def test_no_answer_of_the_present_the_future_or_a_later_split(
     kind: str, tiny_logs: Path
 ) -> None:
-    """Every answered segment in a prompt is a strictly earlier row of a split up to the target's, of the same user."""
+    """Every answered segment in a prompt is of a split up to the target's, of the same user, and known before."""
     split = split_of(kind, tiny_logs)
     rows = split.rows
     titles = pl.DataFrame(
@@ -209,13 +203,15 @@ def test_no_answer_of_the_present_the_future_or_a_later_split(
         renamed = readable.with_columns(item=pl.col("row_id").cast(pl.Int32))
         streams = build_streams(renamed, no_retrieved(readable), name, encoder)
         time, user, code = (rows[c].to_numpy() for c in ("timestamp", "user", "split"))
+        known = known_at(rows)
         checked = 0
         for s, w in streams.evaluation(300):
             for text in ("".join(map(chr, t)) for t in prompts_of(streams, s, w)):
                 named = [int(i) for i in re.findall(r"<(\d+)>", text)]
                 target, past = named[-1], named[:-1]
                 assert text.endswith(":")
-                assert all(time[p] < time[target] and user[p] == user[target] for p in past)
+                assert (known[past] < time[target]).all()
+                assert (user[past] == user[target]).all()
                 assert all(SPLITS.index(code[p]) <= order for p in past)
                 checked += 1
         expected = rows.filter((pl.col("split") == name) & (pl.col("role") == "target"))

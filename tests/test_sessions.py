@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,14 @@ import polars.selectors as cs
 import pytest
 import yaml
 from example_logs import CoLikes
-from world import Letters, given, result, tiny_settings
+from world import (
+    Letters,
+    given,
+    no_retrieved,
+    result,
+    tiny_settings,
+    whole_prompts,
+)
 
 from project.api import open_run
 from project.data.logs import OWN_SCORE, TableLogs
@@ -22,18 +30,21 @@ from project.data.protocol import (
     Interactions,
     Protocol,
     SplitInteractions,
+    _with_roles,
     apply_protocol,
     build_interactions,
     known_at,
+    until_known,
 )
-from project.data.requests import Requests, request_streams
+from project.data.requests import Requests, catalogue_requests, request_streams
 from project.data.stream import build_streams
-from project.errors import DataError
+from project.errors import ConfigError, DataError
 from project.features import RATE
 from project.metrics import auc, session_metrics
 from project.request import RankRequest
 from project.retrieval import MatrixFactorisation, RetrievedFeatures
 from project.retrieval.rates import ContextRates
+from project.serve.ranker import Ranker
 
 ITEMS = 12
 
@@ -65,9 +76,9 @@ def read(log: pl.DataFrame, folder: Path, protocol: Protocol) -> Interactions:
 
 
 def split_of(
-    log: pl.DataFrame, folder: Path, kind: str = "global_time"
+    log: pl.DataFrame, folder: Path, kind: str = "global_time", delay: float = 0
 ) -> SplitInteractions:
-    protocol = Protocol(split=kind, shares=[0.6, 0.2, 0.2])  # type: ignore[arg-type]
+    protocol = Protocol(kind, [0.6, 0.2, 0.2], answer_delay=delay)  # type: ignore[arg-type]
     return apply_protocol(read(log, folder, protocol), protocol)
 
 
@@ -118,10 +129,11 @@ def test_what_stands_earlier_in_a_history_was_known(seed: int, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, 150])
 @pytest.mark.parametrize("kind", ["global_time", "random", "leave_last"])
-def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
+def test_no_row_reads_what_was_not_known(kind: str, delay: int, tmp_path: Path) -> None:
     """Flipping an answer changes no feature and no prompt of rows asked until it was known, its session's included."""
-    split = split_of(session_log(users=20), tmp_path, kind)
+    split = split_of(session_log(users=20), tmp_path, kind, delay)
     encoder = encoder_of(split)
 
     def everything(split: SplitInteractions) -> list[pl.DataFrame]:
@@ -131,12 +143,8 @@ def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
         found = [rates.of_log(split.rows).hstack(split.rows.select("row_id"))]
         for name in SPLITS:
             streams = build_streams(split.rows, tables[name], name, encoder)
-            starts = streams.tokens.offsets[:-1][: streams.row_id.size]
-            text = [
-                streams.tokens.values[at : at + slot + 1].tolist()
-                for at, slot in zip(starts, streams.slots, strict=True)
-            ]
-            prompts = pl.DataFrame({"row_id": streams.row_id, "until_slot": text})
+            texts = whole_prompts(streams)
+            prompts = pl.DataFrame({"row_id": [*texts], "prompt": [*texts.values()]})
             table = tables[name].select(~cs.starts_with(RATE))
             found.append(table.join(prompts, on="row_id", maintain_order="left"))
         return found
@@ -158,6 +166,26 @@ def test_no_row_reads_what_was_not_known(kind: str, tmp_path: Path) -> None:
     assert changed
 
 
+def test_a_delay_by_hand(tmp_path: Path) -> None:
+    """Answers come 20 seconds after their rows; a row asked before all earlier ones are known stands at their time."""
+    seconds = [0, 10, 15, 36, 60]
+    log = pl.DataFrame({"user_id": 0, "item_id": range(5), "timestamp": seconds})
+    log = log.with_columns(label=pl.col("item_id") % 2, device=pl.lit("pc"))
+    protocol = Protocol("given", answer_delay=20, minimum_history=2)
+    log = log.with_columns(split=pl.Series(["train", "train", "train", "valid", "test"]))
+    raw = read(log, tmp_path, protocol)
+    rows = _with_roles(raw.rows, protocol)
+    assert rows["known_at"].to_list() == [20, 30, 35, 56, 80]
+    assert rows["hist"].to_list() == [0, 0, 0, 3, 4]
+    assert rows["role"].to_list() == ["context"] * 3 + ["target"] * 2
+    together = until_known(rows)
+    assert together["timestamp"].to_list() == [0, 0, 0, 36, 60]
+    assert together["known_at"].to_list() == [35, 35, 35, 56, 80]
+    assert protocol.name == "given-h2-delay20"
+    with pytest.raises(ConfigError, match="answer_delay 20 counts from it"):
+        read(log.drop("timestamp"), tmp_path, protocol)
+
+
 @pytest.mark.slow
 def test_a_memoriser_learns_nothing_of_a_session(tmp_path: Path) -> None:
     """The user's own share of likes tells the label where rows of a session read each other, and else nothing."""
@@ -170,9 +198,10 @@ def test_a_memoriser_learns_nothing_of_a_session(tmp_path: Path) -> None:
         assert low <= value <= high
 
 
-def test_the_index_and_requests_read_what_is_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0, 150])
+def test_the_index_and_requests_read_what_is_known(delay: int, tmp_path: Path) -> None:
     """After the log the index is the walk; inside a session a request reads its rows until then, and no later one."""
-    split = split_of(session_log(users=20), tmp_path)
+    split = split_of(session_log(users=20), tmp_path, delay=delay)
     features = features_of(split, tmp_path / "cache")
     index = features.index()
     end = float(known_at(split.rows).max())
@@ -206,8 +235,34 @@ def test_the_index_and_requests_read_what_is_known(tmp_path: Path) -> None:
         encoder_of(split),
         lambda rows: features.tables()["test"].head(rows.height),
     )
-    readable = pl.col("user") == own["user"], pl.col("known_at") < time
-    assert streams.row_id[:-1].tolist() == split.rows.filter(readable)["row_id"].to_list()
+    if not delay:
+        readable = pl.col("user") == own["user"], pl.col("known_at") < time
+        expected = split.rows.filter(readable)["row_id"].to_list()
+        assert streams.row_id[:-1].tolist() == expected
+
+
+def test_a_request_at_the_time_of_a_row_shows_what_the_row_shows(tmp_path: Path) -> None:
+    """Of a log with sessions and a delay; requests of a catalogue bring what was known, and no server is started."""
+    split = split_of(session_log(users=20), tmp_path, delay=150)
+    encoder = PromptEncoder(Letters(), Prompt("I", "{title}:"), split.interactions.items)
+    expected = whole_prompts(
+        build_streams(split.rows, no_retrieved(split.rows), "test", encoder)
+    )
+    assert max(text.count("yes") for text in expected.values()) > 3
+    asked = catalogue_requests(split, "test", 10**6, 1, 0)
+    features = no_retrieved(split.rows)
+    streams = request_streams(asked.requests, split, features, encoder, no_retrieved)
+    found = whole_prompts(streams)
+    assert [*found.values()] == [expected[row] for row in asked.table["row_id"]]
+    drawn = catalogue_requests(split, "test", 20, 3, 0, history=3).requests.requests
+    assert drawn
+    for request in drawn:
+        row = split.rows.row(int(request.request_id.rpartition("/")[2]), named=True)
+        own = pl.col("user") == row["user"], pl.col("known_at") < row["timestamp"]
+        times = [brought.time for brought in request.history or ()]
+        assert times == split.rows.filter(own)["timestamp"].tail(3).to_list()
+    with pytest.raises(ConfigError, match=r"answer_delay is 150, but a server"):
+        Ranker(tmp_path, Mock(data=Mock(split=split)), 0, 0.0)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from project.data.logs import TableLogs
-from project.data.prompt import Prompt, PromptEncoder
+from project.data.prompt import LOWEST_ID, Prompt, PromptEncoder
 from project.data.protocol import (
     Protocol,
     SplitInteractions,
@@ -23,6 +23,7 @@ from project.data.protocol import (
 )
 from project.data.stream import Streams, build_streams
 from project.layout import Layout, visible
+from research.packing import prompts_of
 
 # text, and numbers in a token of their own
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"
@@ -64,6 +65,21 @@ def read_split(folder: Path, protocol: Protocol) -> SplitInteractions:
     logs = TableLogs(str(folder / "interactions.csv"), str(folder / "items.csv"))
     protocol = replace(protocol, label="rating > 3")
     return apply_protocol(build_interactions(logs.read(), protocol), protocol)
+
+
+def whole_prompts(streams: Streams) -> dict[int, str]:
+    """By row id, what every target's head may read, of a stream of `Letters`."""
+    found: dict[int, str] = {}
+    for s, w in streams.evaluation(400):
+        rows = streams.offsets[s] + np.arange(w.first, w.last)
+        ids = streams.row_id[rows[streams.target[rows]]].tolist()
+        # a rating is a letter behind those of texts
+        texts = [
+            "".join(chr(c if c >= 0 else 0x10000 + LOWEST_ID - c) for c in prompt)
+            for prompt in prompts_of(streams, s, w)
+        ]
+        found |= dict(zip(ids, texts, strict=True))
+    return found
 
 
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:

@@ -67,6 +67,7 @@ class Protocol:
             are context, which histories, counts and graph hold as before. A user of one share is in every larger one.
         dates: Of split date: when validation begins and when test does, such as [2024-05-01, 2024-06-01]; without a
             zone they are UTC.
+        answer_delay: Seconds after its row at which an answer is known: until then no other row reads it.
         negatives: Items with the answer 0 beside the clicks, for label clicked. They are scored and nothing else: no
             history, graph or count has them.
     """
@@ -85,6 +86,7 @@ class Protocol:
     train_users: float = 1.0
     negatives: Negatives | None = None
     dates: list[str] | None = None
+    answer_delay: float = 0.0
 
     @property
     def name(self) -> str:
@@ -100,6 +102,8 @@ class Protocol:
             parts.append(f"cold{100 * self.hide_items:g}")
         if self.train_users < 1:
             parts.append(f"users{100 * self.train_users:g}")
+        if self.answer_delay:
+            parts.append(f"delay{self.answer_delay:g}")
         if self.negatives is not None:
             parts.append(f"{self.negatives.by}{self.negatives.per_positive}")
             if self.negatives.repeats == "target":
@@ -138,6 +142,7 @@ class Protocol:
                 "two ascending ISO dates such as [2024-05-01, 2024-06-01] where data.protocol.split is date, null "
                 "elsewhere",
             ),
+            "answer_delay": (0 <= self.answer_delay < math.inf, "seconds, 0 or more"),
             "hide_items": (
                 0 <= self.hide_items < 1,
                 "a share of the items, at least 0 and below 1",
@@ -221,7 +226,8 @@ class Interactions:
     and `item` Int32, `timestamp` Float64 (seconds; null where the log has none, until `apply_protocol` gives each row
     its position), `label` Int8 (0 or 1), `rating` Float64 (null where the log has only labels), `given_split` String
     (null unless the log names it), and of each context column `context.NAME` Float64, as `project.data.context` has it.
-    A log with sessions has `session` Int32 and `known_at` Float64, too: `timestamp` is when the session began.
+    A log with sessions has `session` Int32, and `timestamp` is when the session began; `known_at` Float64, when a row's
+    answer is known, is there with sessions or the protocol's answer_delay.
     """
 
     rows: pl.DataFrame
@@ -253,14 +259,24 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     raw = checked(raw)
     log = raw.interactions
     columns = f"; there are {', '.join(raw.columns)}" if raw.columns else ""  # of the file
-    if (
-        log["timestamp"].null_count() == log.height > 0
-        and protocol.split not in UNDATED_SPLITS
+    undated = log["timestamp"].null_count() == log.height > 0
+    for timed, why, instead in (
+        (
+            protocol.split not in UNDATED_SPLITS,
+            f"split {protocol.split} cuts by time",
+            "split: random",
+        ),
+        (
+            protocol.answer_delay > 0,
+            f"answer_delay {protocol.answer_delay:g} counts from it",
+            "answer_delay: 0",
+        ),
     ):
-        raise ConfigError(
-            f"The log has no column timestamp, but data.protocol.split {protocol.split} cuts by time{columns}. Map the "
-            "column under data.logs.init_args.columns.timestamp, or set data.protocol.split: random."
-        )
+        if undated and timed:
+            raise ConfigError(
+                f"The log has no column timestamp, but data.protocol.{why}{columns}. Map the column under "
+                f"data.logs.init_args.columns.timestamp, or set data.protocol.{instead}."
+            )
     # 2. drop ratings, before duplicates are looked for, both in file order
     if protocol.drop_ratings and log["rating"].is_null().all():
         raise ConfigError(
@@ -300,7 +316,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         further.append(OWN_SCORE)
     if SESSION in log.columns:
         distinct = _with_sessions(distinct)
-        further += ["session", "known_at"]
+        further.append("session")
+    if protocol.answer_delay:
+        seconds = known_at(distinct) + protocol.answer_delay
+        distinct = distinct.with_columns(known_at=seconds)
+    if "known_at" in distinct.columns:
+        further.append("known_at")
     # 5. code ids
     users = _coded(distinct["user_id"].unique(), "user")
     if raw.users is not None:
@@ -371,9 +392,22 @@ def _with_sessions(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def known_at(rows: pl.DataFrame) -> F64:
-    """(n,) seconds at which each row's answer is known: its time, where the log has no sessions."""
+    """(n,) seconds at which each row's answer is known: its time, where a log has neither sessions nor a delay."""
     column = "known_at" if "known_at" in rows.columns else "timestamp"
     return rows[column].to_numpy().astype(np.float64)
+
+
+def until_known(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows in order of user and time as prompts show them, with other `timestamp` and `known_at`.
+
+    A row that is asked before all earlier ones of its user are known stands at their time, and is known with them: so
+    what stands earlier in a stream is known.
+    """
+    ended = pl.col("known_at").cum_max().shift(1).over("user")
+    begins = (pl.col("timestamp") > ended).fill_null(True).cum_sum()
+    return rows.with_columns(
+        pl.col("timestamp").min().over(begins), pl.col("known_at").max().over(begins)
+    )
 
 
 def _without_duplicates(
@@ -413,7 +447,7 @@ def _coded(ids: pl.Series, code: str) -> pl.DataFrame:
 class SplitInteractions:
     """Interactions with a split, a fold and a role for every row.
 
-    `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's strictly earlier rows), `split`
+    `rows` are `interactions.rows` (same order) and `hist` Int32 (the user's rows known strictly before), `split`
     Enum(SPLITS), `fold` Enum(FOLDS) (null outside valid), `role` Enum(ROLES), `hidden` Boolean (its item is hidden).
     Train rows of hidden items are in neither. Where the protocol has negatives they are among the rows, and `sampled`
     says which: `answered` rows are the others.
@@ -570,7 +604,9 @@ def _ordered(
 
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
-    hist = pl.col("timestamp").rank("min").over("user").cast(pl.Int32) - 1
+    known = pl.Series("known", known_at(rows))
+    earlier = pl.col("known").sort().search_sorted(pl.col("timestamp"), side="left")
+    hist = rows.with_columns(known).select(earlier.over("user").cast(pl.Int32)).to_series()
     rows = rows.with_columns(hist=hist, role=pl.lit("target", pl.Enum(ROLES)))
     is_history = pl.col("given_split").fill_null("") == "history"
     return _as_context(rows, (pl.col("hist") < protocol.minimum_history) | is_history)
@@ -697,7 +733,13 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
     # at their defaults the hash is that of versions which did not have them
-    added = {"hide_items": 0.0, "train_users": 1.0, "negatives": None, "dates": None}
+    added = {
+        "hide_items": 0.0,
+        "train_users": 1.0,
+        "negatives": None,
+        "dates": None,
+        "answer_delay": 0.0,
+    }
     fields = {
         name: value for name, value in fields.items() if value != added.get(name, ...)
     }

@@ -23,6 +23,7 @@ from project.data.protocol import (
     answered,
     known_at,
     label_of,
+    until_known,
 )
 from project.data.stream import Streams, streams_of
 from project.errors import ConfigError, DataError
@@ -454,6 +455,8 @@ def request_streams(
         "user", "item", "row_id", "timestamp", "known_at", "label", "rating"
     ).join(retrieved, on="row_id")
     log = log.sort("user", "row_id")
+    if split.protocol.answer_delay:  # as in training
+        log = until_known(log)
     of_user = log["user"].to_numpy()  # (rows,) ascending
     known = list[pl.DataFrame]()  # rows of the log, a table a request
     # rows outside it: (stream, user, item, row_id, timestamp, label, rating, candidate)
@@ -568,7 +571,7 @@ def catalogue_requests(
         request_id = f"catalogue/{part}/{row['row_id']}"
         # 1. candidates
         rng = np.random.default_rng([seed, row["row_id"]])
-        earlier = rated[user].filter(pl.col("timestamp") < time)
+        earlier = rated[user].filter(known_at(rated[user]) < time)
         free = np.ones(len(ids), dtype=bool)
         free[earlier["item"].to_numpy()] = free[row["item"]] = False
         others = rng.permutation(np.flatnonzero(free))[: candidates - 1]

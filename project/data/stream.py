@@ -10,7 +10,7 @@ import polars as pl
 
 from project.arrays import F64, I8, I64, Bool
 from project.data.prompt import PromptEncoder
-from project.data.protocol import answered
+from project.data.protocol import answered, until_known
 from project.data.ragged import Ragged, append, offsets_of
 
 # a window may pass `context_tokens` by this share for the rows that share its last
@@ -190,6 +190,8 @@ def build_streams(
         place_of, on="row_id", how="inner", maintain_order="left", validate="1:1"
     )
     joined = joined.sort("user", "row_id")
+    if "known_at" in joined.columns:
+        joined = until_known(joined)
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
     features = retrieved.drop("neighbours", strict=False)  # long lists that no prompt shows
     return streams_of(joined, target, answered(joined).to_numpy(), encoder, features)

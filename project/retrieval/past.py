@@ -164,7 +164,7 @@ class SimilarLikes:
         self._rated: dict[int, list[int]] = {}  # by user, an item as often as it was rated
 
     def observe(self, rows: WalkRows, group: list[int]) -> None:
-        """Take in rows that came to be known since the last query, and make the lists that are due after them."""
+        """Take in rows that came to be known in one second, and make the lists that are due after them."""
         # 1. likes and ratings
         # by user whose rows were labelled: how many rows they had until then
         before: dict[int, int] = {}

@@ -6,6 +6,7 @@ In reading order: the log in blocks, and what is fitted before each; the walk; t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def walk(
                 )
         # lists that are due, dated just after the latest row: they may hold its answer
         if similar is not None:
-            similar.observe(rows, news)
+            for _, second in groupby(news, lambda row: rows.known[row]):
+                similar.observe(rows, list(second))
 
     with Progress(transient=True) as progress:
         for start, stop, seen, end in progress.track(

@@ -37,7 +37,7 @@ from project.engine.requests import (
     shared_prefix,
     until_slots,
 )
-from project.errors import DataError, ProjectError
+from project.errors import ConfigError, DataError, ProjectError
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.features import COLUMNS, Retrieved
@@ -71,6 +71,11 @@ class Ranker:
         self._data = data
         # 1. users and items, and what the log knows of them
         split = data.split
+        if split.protocol.answer_delay:
+            raise ConfigError(
+                f"data.protocol.answer_delay is {split.protocol.answer_delay:g}, but a server reads events as they "
+                "come. Expected 0: fit a run without it to serve; predict, test and benchmark know delays."
+            )
         log = split.interactions
         self._items = log.items
         self._encoder = data.encoder
