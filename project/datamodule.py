@@ -77,7 +77,8 @@ from project.retrieval.rates import ContextRates
 from project.retrieval.text import MAX_TOKENS, MeanPooling, encode_once, item_texts
 from project.run import label_rule
 
-DEFAULT_PROTOCOL, DEFAULT_PROMPT = Protocol(), Prompt()
+DEFAULT_PROTOCOL = Protocol()
+DEFAULT_PROMPT = Prompt()
 DEFAULT_RETRIEVER = LightGCN(item_neighbours=30)
 DEFAULT_MF = MatrixFactorisation()
 ITEM_LAYERS = 6  # of the backbone, which embed items' texts
@@ -139,16 +140,21 @@ class InteractionData(L.LightningDataModule):
             )
         retriever.check()
         _check_shown(prompt, retriever, mf)
-        self.logs, self.retriever, self.mf = logs, retriever, mf
-        self.protocol, self.wording, self.tokenizer_name = protocol, prompt, tokenizer
-        self.context_tokens, self.batch_tokens, self.refits = (
-            context_tokens,
-            batch_tokens,
-            refits,
-        )
+        self.logs = logs
+        self.retriever = retriever
+        self.mf = mf
+        self.protocol = protocol
+        self.wording = prompt  # `prompt` is with the default segment
+        self.tokenizer_name = tokenizer
+        self.context_tokens = context_tokens
+        self.batch_tokens = batch_tokens
+        self.refits = refits
         self.serving_values = serving_values
-        self.num_workers, self.requests_file, self.seed = num_workers, requests, seed
-        self.cache_dir, self.bundle = default_cache(), bundle
+        self.num_workers = num_workers
+        self.requests_file = requests
+        self.seed = seed
+        self.cache_dir = default_cache()
+        self.bundle = bundle
         self.clock = StageClock()
         # for the log and for results; known with the retrieved features
         self.warnings: list[str] = []
@@ -332,7 +338,9 @@ class InteractionData(L.LightningDataModule):
     def streams(self, split: str) -> Streams:
         """All users' streams as of `split`, with its targets."""
         if split not in self._streams:
-            retrieved, encoder = self.retrieved[split], self.encoder
+            # made before the clock of this stage starts
+            retrieved = self.retrieved[split]
+            encoder = self.encoder
             with self.clock.stage("tokenise"):
                 streams = build_streams(self.split.rows, retrieved, split, encoder)
             check_streams(streams, self.split, self.context_tokens)
@@ -416,9 +424,12 @@ class InteractionData(L.LightningDataModule):
         return table
 
     def _training(self) -> TrainSampler:
-        streams, ranks = self.streams("train"), self._ranks()
         return TrainSampler(
-            streams, self.context_tokens, self.batch_tokens, self.seed, *ranks
+            self.streams("train"),
+            self.context_tokens,
+            self.batch_tokens,
+            self.seed,
+            *self._ranks(),
         )
 
     def _ranks(self) -> tuple[int, int]:
@@ -435,8 +446,10 @@ class InteractionData(L.LightningDataModule):
         return PackedLoader(self.streams("train"), self._training(), self.num_workers)
 
     def _evaluation(self, split: str) -> PackedLoader:
-        streams, ranks = self.streams(split), self._ranks()
-        sampler = EvaluationSampler(streams, self.context_tokens, self.batch_tokens, *ranks)
+        streams = self.streams(split)
+        sampler = EvaluationSampler(
+            streams, self.context_tokens, self.batch_tokens, *self._ranks()
+        )
         return PackedLoader(streams, sampler, self.num_workers)
 
     def val_dataloader(self) -> PackedLoader:

@@ -142,10 +142,8 @@ def feature_matrix(
         return log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
     # 1. rates of the item and the user, and the neighbours' vote
-    item, user = (
-        rate_and_rows("item_rate", "item_count"),
-        rate_and_rows("user_rate", "user_count"),
-    )
+    item = rate_and_rows("item_rate", "item_count")
+    user = rate_and_rows("user_rate", "user_count")
     vote = rate_and_rows("vote", "neighbour_count")
     # 2. the vote weighted by similarity; a similarity below 0 counts as 0
     similarity = np.maximum(found.similarity, 0.0)
@@ -163,7 +161,8 @@ def feature_matrix(
     mean_similarity = found.sums(found.similarity) / np.maximum(
         np.bincount(found.of_row, minlength=len(found)), 1
     )
-    text, text_rows = 4.0 * numbers("text"), np.log1p(numbers("text_weight"))
+    text = 4.0 * numbers("text")
+    text_rows = np.log1p(numbers("text_weight"))
     columns = (
         *(*item, *user, *vote, mean_similarity, weighted_vote),
         *(mf, item_similarity, text, text_rows),

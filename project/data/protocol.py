@@ -630,7 +630,7 @@ def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
 
 def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
     """Split of each row."""
-    number, place = pl.len(), pl.int_range(pl.len())
+    place = pl.int_range(pl.len())
     match protocol.split:
         case "given":
             missing = rows["given_split"].null_count()
@@ -651,7 +651,8 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
                 for cut in _cuts(len(times) - 1, protocol.shares)
             ]
         case "date":
-            first, last = rows["timestamp"][0], rows["timestamp"][-1]
+            first = rows["timestamp"][0]
+            last = rows["timestamp"][-1]
             seconds = protocol.cuts or []
             if not first < seconds[0] < seconds[1] <= last:
                 raise DataError(
@@ -662,7 +663,7 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
         case "user_time":
             # the time of a user's row at the cut; a user without one has all rows before it
             cuts = [
-                (share * number).round(6).floor()
+                (share * pl.len()).round(6).floor()
                 for share in np.cumsum(protocol.shares)[:2]
             ]
             at = [

@@ -27,8 +27,8 @@ from project.errors import ConfigError
 from project.model.module import ExitRecommender
 from project.run import sha256_of, table_about
 
-# of requests; a part is what a stop costs an actor at most
-PART_BYTES, LEAST_PARTS = 2**24, 16
+PART_BYTES = 2**24  # of requests; a part is what a stop costs an actor at most
+LEAST_PARTS = 16
 
 
 def run_actors(
@@ -65,7 +65,8 @@ def run_actors(
     import ray
 
     ray.init(ignore_reinit_error=True, include_dashboard=False)
-    names, cut = [str(file) for file in files], folder / ".requests"
+    names = [str(file) for file in files]
+    cut = folder / ".requests"
     if files[0].suffix == ".parquet":
         rows = ray.data.read_parquet(names)
     # latin-1 keeps bytes as they are, so that a line that is no UTF-8 is invalid alone
@@ -82,10 +83,8 @@ def run_actors(
     # 3. Actors, each with a copy of model and data; a block of the dataset is one part.
     counts = Counter[str]()
     if todo:
-        held, device = (
-            ray.put((model, data, run.plan, run.lists)),
-            trainer.strategy.root_device.type,
-        )
+        held = ray.put((model, data, run.plan, run.lists))
+        device = trainer.strategy.root_device.type
         scored = ray.data.from_items(
             [{"part": part} for part in todo], override_num_blocks=len(todo)
         ).map_batches(
@@ -112,7 +111,9 @@ class Scorer:
 
         model, *held = ray.get(held)
         self.run = Run(model.to(device), *held)
-        self.source, self.cut, self.about = source, cut, about
+        self.source = source
+        self.cut = cut
+        self.about = about
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Score a part in the order of users and lines; what was counted, as one row."""

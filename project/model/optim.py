@@ -113,7 +113,8 @@ def planned_steps(trainer: L.Trainer, train_batches: int) -> int:
         if isinstance(limit, float)
         else min(train_batches, limit or 0)
     )
-    epochs, steps = trainer.max_epochs, trainer.max_steps
+    epochs = trainer.max_epochs
+    steps = trainer.max_steps
     # no end by epochs: then by steps
     if epochs in (None, -1):
         if steps == -1:

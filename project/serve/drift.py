@@ -56,8 +56,8 @@ SHARES = np.array([0.5, *[0.5 / 9] * 9])
 TOLERANCE = 0.01
 # chance of a false alarm, however long the server runs: the alarm is for good, so it is small
 DELTA = 0.01
-# of a user, for a bet; a user's loss is cut to +-MOST, the Brier score of a coin
-EVENTS, MOST = 10, 0.25
+EVENTS = 10  # of a user, for a bet
+MOST = 0.25  # a user's loss is cut to +- this, the Brier score of a coin
 
 
 class Capital:

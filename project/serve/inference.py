@@ -236,7 +236,8 @@ class Served:
     def answer(self, batch: Sequence[RankRequest | tuple[str, ...]]) -> list[Any]:
         """Answers to payloads in their order: requests, or a kind (user, about, reload) and what it needs."""
         if self._loaded is not None:
-            self._ranker, self._loaded = self._loaded, None
+            self._ranker = self._loaded
+            self._loaded = None
         ranker = self._ranker
         ranker.follow(self.store, embed=False)
         # 1. requests are scored together

@@ -113,7 +113,8 @@ class Observed:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         good = given.isascii() and given.isprintable() and 0 < len(given) <= 128
         name = scope.setdefault("state", {})["id"] = given if good else uuid.uuid4().hex
-        began, status = time.perf_counter(), 500
+        began = time.perf_counter()
+        status = 500
 
         async def watched(message: Message) -> None:
             nonlocal status

@@ -79,7 +79,8 @@ class Inference:
         if len(self.waiting) >= self._most:
             text = f"{self._most} requests wait or run; try again in a second."
             raise HTTPException(429, text, {"Retry-After": "1"})
-        number, future = next(self._numbers), asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        future = asyncio.get_running_loop().create_future()
         self.waiting[number] = payload, future
         if self.ready:
             self._send(number, payload)

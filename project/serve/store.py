@@ -147,7 +147,8 @@ class EventStore:
     def add(self, events: Sequence[Event], items: Sequence[dict[str, str]] = ()) -> Added:
         """Keep items, then events. An event whose event_id is known changes nothing."""
         self.put_items(items)
-        rows, conflict = dict[str, Event](), list[str]()
+        rows = dict[str, Event]()
+        conflict = list[str]()
         # 1. the first of an event_id among these
         for event in events:
             if rows.setdefault(event.event_id, event) != event:

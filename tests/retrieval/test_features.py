@@ -173,13 +173,12 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     """Explicit history of users of the log, in any order, gives the features the log has for the same rows."""
     rows = make_log(2)
     split = make_split(rows, assign(rows))
-    log = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()["test"]
+    features = RetrievedFeatures(split, retriever, REFITS, tmp_path)
+    log = features.tables()["test"]
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
-    found = RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(
-        *request(chosen)
-    )
+    found = features.of_requests(*request(chosen))
     expected = chosen.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(chosen.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -193,19 +192,14 @@ def test_candidates_without_history_use_the_logs_past_alone_or_together(
     """A known user's candidate is answered from that user's log rows; other users' requests change nothing."""
     rows, co_likes = make_log(2), CoLikes(neighbours=4)
     split = make_split(rows, by_time(rows))
-    log = RetrievedFeatures(split, co_likes, REFITS, tmp_path).tables()["test"]
-    found = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
-        *request(rows, own=False)
-    )
+    features = RetrievedFeatures(split, co_likes, REFITS, tmp_path)
+    log = features.tables()["test"]
+    found = features.of_requests(*request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
-    together = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
-        *request(rows)
-    )
+    together = features.of_requests(*request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = RetrievedFeatures(split, co_likes, REFITS, tmp_path).of_requests(
-            *request(rows.filter(mine))
-        )
+        alone = features.of_requests(*request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -338,13 +332,12 @@ def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
     """Train's factorisation is that of a log of train rows alone."""
     rows = make_log(2)
     split = make_split(rows, assign(rows))
-    tables = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).tables()
+    features = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF)
+    tables = features.tables()
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
-    found = RetrievedFeatures(split, NoRetriever(), REFITS, tmp_path, MF).of_requests(
-        *request(chosen)
-    )["mf"]
+    found = features.of_requests(*request(chosen))["mf"]
     expected = chosen.select("row_id").join(
         tables["test"], on="row_id", maintain_order="left"
     )["mf"]

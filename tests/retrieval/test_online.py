@@ -83,11 +83,11 @@ def indexed(
     split: SplitInteractions, retriever: Retriever, folder: Path, before: float = END
 ) -> FeatureIndex:
     """An index of the rows before a second, with what was fitted on the whole log."""
-    RetrievedFeatures(split, retriever, REFITS, folder, MF).tables()
+    features = RetrievedFeatures(split, retriever, REFITS, folder, MF)
+    features.tables()
     rows = split.rows.filter(pl.col("timestamp") < before)
-    return RetrievedFeatures(
-        replace(split, rows=rows), retriever, REFITS, folder, MF
-    ).index()
+    features.split = replace(split, rows=rows)
+    return features.index()
 
 
 @each_retriever

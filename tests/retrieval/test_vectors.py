@@ -184,15 +184,14 @@ def test_a_history_has_the_lists_of_the_log(
     """Users' rows as history, in any order, with candidates: the lists of the log, and none after a candidate."""
     rows = make_log(2)
     split = make_split(rows, np.digitize(rows["timestamp"].to_numpy(), [40, 60]))
-    log = RetrievedFeatures(split, retriever, 4, tmp_path).tables()["test"]
+    features = RetrievedFeatures(split, retriever, 4, tmp_path)
+    log = features.tables()["test"]
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
     n, late = chosen.height, chosen.with_columns(timestamp=pl.lit(1e3))
     columns = map(np.append, request(chosen), request(late, own=False))
-    found = RetrievedFeatures(split, retriever, 4, tmp_path).of_requests(*columns)[
-        "similar_after"
-    ]
+    found = features.of_requests(*columns)["similar_after"]
     expected = chosen.join(
         log.select("row_id", "similar_after"), on="row_id", maintain_order="left"
     )
