@@ -290,11 +290,7 @@ class RetrievedFeatures:
 
         def write(folder: Path) -> None:
             rows = self.split.rows
-            code = (
-                rows["split"]
-                .cast(pl.String)
-                .replace_strict({name: k for k, name in enumerate(SPLITS)})
-            )
+            code = rows["split"].to_physical()
             once = reads_all_earlier(
                 rows["timestamp"].to_numpy(), code.to_numpy(), own_second
             )
