@@ -26,7 +26,7 @@ from project.exits.policy import Policy
 from project.metrics import auc
 from project.report.tables import render
 from project.retrieval import LightGCN
-from research import library, llama, packing, retrieval_times, roofline
+from research import library, llama, llmrank, packing, retrieval_times, roofline
 from research.generate import generate, reachable_auc, run_generate
 
 
@@ -155,3 +155,14 @@ def test_generated_log_can_be_read(tmp_path: Path) -> None:
     assert (
         raw.interactions.height == pl.read_parquet(tmp_path / "truth.parquet").height > 1000
     )
+
+
+def test_counts_and_ndcg_of_fixed_candidates() -> None:
+    """Users have {0, 1}, {0, 1}, {1}: items' cosine is 2 / sqrt(2 * 3). A truth that ties stands last."""
+    counts = llmrank.Counts(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 1]), 3, 2)
+    popularity, cosine = counts.features(np.array([2]), np.array([[0, 1]]))
+    assert popularity.tolist() == [[2, 3]]
+    assert cosine[0] == pytest.approx([2 / 6**0.5, 0])
+    scores = np.array([[0.5, 0.1, 0.5], [0.0, 0.0, 1.0]])
+    assert llmrank.ndcg(scores, 10) == pytest.approx([1 / np.log2(3), 1])
+    assert llmrank.ndcg(scores, 1).tolist() == [0, 1]
