@@ -25,6 +25,7 @@ from project.data.requests import Workload, catalogue_requests
 from project.engine.engine import score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
+from project.evaluation.moment import moment_rows
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
@@ -440,6 +441,12 @@ class ResultFiles(L.Callback):
             calibration.settings.prefix_cached,
             self.metric,
         )
+        # several processes cannot run the engine on one of them
+        if trainer.world_size == 1:
+            with data.clock.stage("inside users"):
+                content["moment"] = moment_rows(
+                    module, data, split, calibration.plans, content["best_baseline"]
+                )
         head = result_head(
             command, data.split.manifest, str(folder / "config.yaml"), data.seed
         )

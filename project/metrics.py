@@ -78,6 +78,23 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAuc
     `uauc` counts each user once (CoLLM), `gauc_impressions` by rows (FuxiCTR; Zhu et al. 2017), `gauc_positives` by
     positive rows (RecBole): published "GAUC" numbers use all three.
     """
+    found, rows, positives = aucs_by_user(scores, labels, users)
+
+    def mean(weights: F64) -> UserMean:
+        value = float(np.average(found, weights=weights)) if found.size else None
+        return {"value": value, "users": int(found.size), "rows": int(rows.sum())}
+
+    return {
+        "uauc": mean(np.ones_like(rows)),
+        "gauc_impressions": mean(rows),
+        "gauc_positives": mean(positives),
+    }
+
+
+def aucs_by_user(
+    scores: ArrayLike, labels: ArrayLike, users: ArrayLike
+) -> tuple[F64, F64, F64]:
+    """AUCs, rows and positive rows of the users with both classes, (u,) each, users ascending."""
     values, positive = checked(scores, labels)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     rows = np.bincount(code).astype(np.float64)
@@ -90,17 +107,8 @@ def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAuc
     won = np.bincount(code, weights=rank * positive) - positives * (positives + 1) / 2
     # users with both classes; the others have no AUC
     both = (positives > 0) & (positives < rows)
-    found = won[both] / (positives * (rows - positives))[both]
-
-    def mean(weights: F64) -> UserMean:
-        value = float(np.average(found, weights=weights[both])) if found.size else None
-        return {"value": value, "users": int(found.size), "rows": int(rows[both].sum())}
-
-    return {
-        "uauc": mean(np.ones_like(rows)),
-        "gauc_impressions": mean(rows),
-        "gauc_positives": mean(positives),
-    }
+    pairs = positives * (rows - positives)
+    return won[both] / pairs[both], rows[both], positives[both]
 
 
 def session_metrics(

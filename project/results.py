@@ -132,6 +132,24 @@ class Adaptive(Where, PlanRow):
     budget_words: str | None
 
 
+class MomentRow(TypedDict):
+    """Scores inside users; AUC weighted by rows, or every user once; differences of the first, paired."""
+
+    auc: float | None
+    auc_users: float | None
+    ndcg: float | None  # of the first 10
+    minus_exit_0: Estimate | None
+    minus_best_baseline: Estimate | None
+
+
+class MomentRows(TypedDict):
+    """A user's rows as candidates of one moment: so many users with both labels, and their rows."""
+
+    users: int
+    rows: int
+    scores: dict[str, MomentRow]  # by the names of `Slice.auc`
+
+
 class Slice(Where):
     """A part of the reported rows, such as item_0: items that nobody had rated before."""
 
@@ -262,6 +280,8 @@ class Comparison(TypedDict):
     own_differences: NotRequired[dict[str, Difference]]
     # by the same names, where the log has sessions
     sessions: NotRequired[dict[str, SessionMetrics]]
+    # None: the split defines none; absent in files of before it was measured
+    moment: NotRequired[MomentRows | None]
 
 
 class ScoredRows(Comparison):

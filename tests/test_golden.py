@@ -205,3 +205,7 @@ def test_fit_and_test(
         "gbdt_features": 0.6027,
     }
     assert {name: baselines[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    # candidates of one moment share their history: the user's own rate orders none of them
+    inside = found["moment"]["scores"]
+    assert inside["baseline user_rate"]["auc"] == 0.5
+    assert inside["exit 0"]["auc"] == inside["baseline lr_text"]["auc"] != 0.5

@@ -547,7 +547,7 @@ def catalogue_requests(
         raise ConfigError(
             f"found {count} requests of {candidates} candidates; expected 1 or more of both"
         )
-    targets = _targets(split, part)
+    targets = targets_for_requests(split, part)
     if history is not None:
         targets = targets.filter(pl.col("hist") >= history)
         if targets.is_empty():
@@ -606,7 +606,7 @@ def catalogue_requests(
     return Workload(Requests(requests, items, codes), table)
 
 
-def _targets(split: SplitInteractions, part: str) -> pl.DataFrame:
+def targets_for_requests(split: SplitInteractions, part: str) -> pl.DataFrame:
     """Targets of test or of a fold; `ConfigError` where a fold's requests would read rows of test."""
     is_test = pl.col("split") == "test"
     targets = split.rows.filter(

@@ -17,6 +17,7 @@ from project.results import (
     Difference,
     EngineRow,
     ExitRow,
+    MomentRow,
     PlanRow,
     Point,
     Result,
@@ -56,7 +57,7 @@ class Line(NamedTuple):
     name: str
     auc: float | None
     interval: Sequence[float] | None = None
-    user_aucs: tuple[float | None, float | None] | None = None  # by rows, by users
+    inside: MomentRow | None = None  # of a user's rows at one moment
     log_loss: float | None = None
     gain: Difference | None = None  # over the best baseline
     own_gain: Difference | None = None  # over the ranker of the log's own_scores
@@ -265,22 +266,24 @@ def score_rows(
     best = result["best_baseline"]
     own_gains = result.get("own_differences", {})
     own = {gain["baseline"] for gain in own_gains.values()}
+    moment = result.get("moment")
+    inside = {} if moment is None else moment["scores"]
     found = list[Line]()
     for baseline in baselines:
         name = baseline["name"]
         if not exits or name in (best, *own):
             kind = "best baseline" if exits and name == best else "baseline"
             found.append(
-                scores_of(f"{kind} {name}", baseline)._replace(
-                    own_gain=own_gains.get(f"baseline {name}")
-                )
+                scores_of(
+                    f"{kind} {name}", baseline, inside.get(f"baseline {name}")
+                )._replace(own_gain=own_gains.get(f"baseline {name}"))
             )
     for row in exits:
         k = row["layer"]
         notes = ["best static exit"] if k == result["chosen_exit"] else []
         notes += ["full depth"] if row is exits[-1] else []
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
-        line = scores_of(name, row)._replace(
+        line = scores_of(name, row, inside.get(f"exit {k}"))._replace(
             gain=row["baseline_difference"], own_gain=own_gains.get(f"exit {k}")
         )
         found.append(static_cost(line, k, exits, timed))
@@ -288,7 +291,7 @@ def score_rows(
     if not exits or plan is None:
         return found
     found.append(
-        scores_of("plan", plan)._replace(
+        scores_of("plan", plan, inside.get("plan"))._replace(
             gain=plan["baseline_difference"],
             own_gain=own_gains.get("plan"),
             depth=plan["mean_depth"],
@@ -346,10 +349,11 @@ def criteria_rows(calibrate: CalibrateResult) -> list[Criterion]:
     return [Criterion(name, s, as_accurate(s["auc"])) for name, s in steps.items()]
 
 
-def scores_of(name: str, row: BaselineRow | ExitRow | PlanRow) -> Line:
+def scores_of(
+    name: str, row: BaselineRow | ExitRow | PlanRow, inside: MomentRow | None
+) -> Line:
     """A line of the main table without cost."""
-    users = row["gauc_impressions"]["value"], row["uauc"]["value"]
-    return Line(name, row["auc"], row["auc_interval"], users, row["log_loss"])
+    return Line(name, row["auc"], row["auc_interval"], inside, row["log_loss"])
 
 
 def static_cost(

@@ -1,0 +1,152 @@
+"""Ranks the rows of a user as candidates of one moment: does a model order what one person likes?
+
+A test row reads the answers before it, those of seconds ago included. Of a liked and a disliked row of one user the
+later has read the other's answer and leans towards it, so a model that learns from the last answer loses such pairs: a
+user-AUC of rows as tested says little of a ranking. Here the history ends before the user's first test row, as that of
+a request does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from project.arrays import F64
+from project.data.requests import SCHEMA, Requests, Workload, targets_for_requests
+from project.engine.engine import score_every_head
+from project.engine.requests import prepare_requests
+from project.errors import ProjectError
+from project.evaluation.baselines import fit_baselines
+from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.result import fold_of, labelled_scores
+from project.metrics import aucs_by_user, session_metrics
+from project.request import RankRequest
+from project.results import MomentRow, MomentRows
+from project.run import exit_layers_of
+
+if TYPE_CHECKING:
+    from project.data.protocol import SplitInteractions
+    from project.datamodule import InteractionData
+    from project.exits.plan import Plans
+    from project.model.module import ExitRecommender
+
+CANDIDATES = 64  # of a user: the earliest so many targets, each item once
+LEAST = 6  # users with fewer are left out
+USERS = 1000  # drawn by lot where there are more
+
+
+def moment_requests(
+    split: SplitInteractions, part: str, users: int = USERS
+) -> Workload | None:
+    """One request a user over the user's own targets of test or a fold, at the time of the first; None without users.
+
+    Raises:
+        ConfigError: A fold's requests would read rows of test.
+        DataError: There are no targets.
+    """
+    targets = targets_for_requests(split, part)
+    targets = targets.unique(["user", "item"], keep="first", maintain_order=True)
+    items = split.interactions.items
+    ids = items["item_id"].to_list()
+    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
+    # 1. users with enough rows
+    enough = targets["user"].value_counts().filter(pl.col("count") >= LEAST)
+    drawn = np.random.default_rng(0).permutation(enough["user"].sort())[:users]
+    if not drawn.size:
+        return None
+    chosen = targets.filter(pl.col("user").is_in(drawn))
+    # 2. a request each
+    requests = list[RankRequest]()
+    rows = list[tuple[Any, ...]]()  # as `SCHEMA`
+    for (user,), own in chosen.group_by("user", maintain_order=True):
+        first = own.head(CANDIDATES)
+        name = f"moment/{user}"
+        listed = tuple(ids[item] for item in first["item"])
+        time = first["timestamp"][0]
+        requests.append(
+            RankRequest(user_ids[user], None, listed, time=time, request_id=name)
+        )
+        answers = first.select("label", "row_id").iter_rows()
+        rows += [(name, k, user, *answer) for k, answer in enumerate(answers)]
+    codes = dict(items.select("item_id", "item").iter_rows())
+    table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    return Workload(Requests(requests, items, codes), table)
+
+
+def moment_rows(
+    model: ExitRecommender,
+    data: InteractionData,
+    split: str,
+    plans: Plans | None,
+    best_baseline: str | None,
+) -> MomentRows | None:
+    """Exits, baselines and the plan inside users at one moment each; None where a split has no such requests.
+
+    One pass over at most `USERS` users more. Baselines read the same features as of that moment; networks, which have
+    scores of rows as tested alone, are left out.
+    """
+    try:
+        workload = moment_requests(data.split, fold_of(split) or split)
+    except ProjectError:
+        return None
+    if workload is None:
+        return None
+    table = workload.table
+    # 1. logits (n,) by name, of exits and the plan
+    prepared = prepare_requests(model, data, workload.requests)
+    scores = labelled_scores(score_every_head(model, prepared), table)
+    layers = [0, *exit_layers_of(scores)]
+    named = {
+        f"exit {k}": scores[f"logit_{k}"].to_numpy().astype(np.float64) for k in layers
+    }
+    if plans is not None:
+        outputs = plans.plan.outputs(
+            scores, np.concatenate([one.retrieved for one in prepared])
+        )
+        named["plan"] = plans.plan.emitted(outputs)[1].double().numpy()
+    # 2. of baselines, fitted as for rows as tested
+    log = data.split.interactions
+    rows = data.split.rows.filter(
+        (pl.col("split") == "train") | pl.col("row_id").is_in(table["row_id"])
+    )
+    assert data.candidate_retrieved is not None
+    retrieved = data.retrieved | {split: _by_row(data.candidate_retrieved, table)}
+    for baseline in fit_baselines(rows, retrieved, [split], log.columns, log.own_scores):
+        named[f"baseline {baseline.name}"] = baseline.logits(table["row_id"])
+    return inside_users(
+        named, table["label"].to_numpy(), table["user"].to_numpy(), best_baseline
+    )
+
+
+def _by_row(retrieved: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
+    """Retrieved features of candidates under the row ids of the log."""
+    return retrieved.drop("row_id", strict=False).with_columns(table["row_id"])
+
+
+def inside_users(
+    named: dict[str, F64], labels: F64, users: F64, best_baseline: str | None
+) -> MomentRows:
+    """AUC and NDCG@10 inside users of named logits (n,), with paired differences to exit 0 and the best baseline."""
+    # AUCs (u,) of users with both labels, and their rows
+    aucs = {name: aucs_by_user(logits, labels, users) for name, logits in named.items()}
+    rows = aucs["exit 0"][1]
+    bootstrap = UserBootstrap(np.arange(rows.size))
+    against = {"minus_exit_0": "exit 0", "minus_best_baseline": f"baseline {best_baseline}"}
+    found = dict[str, MomentRow]()
+    for name, logits in named.items():
+        own = aucs[name][0]
+        differences = {
+            key: bootstrap.ratio_interval(rows * (own - aucs[base][0]), rows)
+            for key, base in against.items()
+            if base in aucs and base != name
+        }
+        found[name] = {
+            "auc": bootstrap.ratio_interval(rows * own, rows)["value"],
+            "auc_users": float(own.mean()) if own.size else None,
+            "ndcg": session_metrics(logits, labels, users)["ndcg"],
+            "minus_exit_0": differences.get("minus_exit_0"),
+            "minus_best_baseline": differences.get("minus_best_baseline"),
+        }
+    return {"users": int(rows.size), "rows": int(rows.sum()), "scores": found}
