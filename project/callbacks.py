@@ -22,13 +22,15 @@ from rich.markdown import Markdown
 from project.arrays import F64
 from project.bundle import write_bundle
 from project.data.requests import Workload, catalogue_requests
-from project.engine.engine import score_workload
+from project.engine.engine import score_every_head, score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
-from project.evaluation.moment import moment_rows
+from project.evaluation.moment import moment_requests, moment_rows
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
+    fold_of,
+    labelled_scores,
     own_metric,
     scored_result,
     scored_rows,
@@ -54,7 +56,7 @@ from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds
-from project.results import CalibrateResult
+from project.results import CalibrateResult, MomentRows
 from project.run import (
     Checkpoint,
     read_checkpoint,
@@ -444,7 +446,7 @@ class ResultFiles(L.Callback):
         # several processes cannot run the engine on one of them
         if trainer.world_size == 1:
             with data.clock.stage("inside users"):
-                content["moment"] = moment_rows(
+                content["moment"] = _moment(
                     module, data, split, calibration.plans, content["best_baseline"]
                 )
         head = result_head(
@@ -465,6 +467,26 @@ class ResultFiles(L.Callback):
             page = write_report(folder)
             Console().print(f"report: {page}", soft_wrap=True)
             log_report(trainer, folder, command)
+
+
+def _moment(
+    module: ExitRecommender,
+    data: InteractionData,
+    split: str,
+    plans: Plans | None,
+    best_baseline: str | None,
+) -> MomentRows | None:
+    """Scores inside users at one moment each; None where a split has no such requests."""
+    try:
+        workload = moment_requests(data.split, fold_of(split) or split)
+    except ProjectError:
+        return None
+    if workload is None:
+        return None
+    prepared = prepare_requests(module, data, workload.requests)
+    scores = labelled_scores(score_every_head(module, prepared), workload.table)
+    features = np.concatenate([one.retrieved for one in prepared])
+    return moment_rows(data, split, scores, features, plans, best_baseline)
 
 
 def _scores(module: L.LightningModule) -> pl.DataFrame:

@@ -107,8 +107,6 @@ class InteractionData(L.LightningDataModule):
         seed: Order and cuts of training windows; set by seed_everything.
         serving_values: Context column -> value that requests have which do not say it, such as {position: 1}: for
             columns that are only known once the page is made.
-        moments: Share of training windows whose last rows, up to 64, are read as candidates of one moment: they see the
-            history before them and not each other's answers, as the candidates of a request.
     """
 
     def __init__(
@@ -127,7 +125,6 @@ class InteractionData(L.LightningDataModule):
         bundle: str | None = None,
         seed: int = 0,
         serving_values: dict[str, str | float] | None = None,
-        moments: float = 0.0,
     ) -> None:
         super().__init__()
         if not 1 <= context_tokens <= batch_tokens:
@@ -153,7 +150,6 @@ class InteractionData(L.LightningDataModule):
         self.batch_tokens = batch_tokens
         self.refits = refits
         self.serving_values = serving_values
-        self.moments = moments
         self.num_workers = num_workers
         self.requests_file = requests
         self.seed = seed
@@ -434,7 +430,6 @@ class InteractionData(L.LightningDataModule):
             self.batch_tokens,
             self.seed,
             *self._ranks(),
-            moments=self.moments,
         )
 
     def _ranks(self) -> tuple[int, int]:

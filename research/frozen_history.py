@@ -11,7 +11,6 @@ users resampled, 95 %.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,12 @@ import torch
 
 from project.arrays import F64
 from project.config import open_run
-from project.data.protocol import SplitInteractions
-from project.data.requests import SCHEMA, Requests, Workload
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
-from project.request import RankRequest
+from project.evaluation.moment import moment_requests
 from project.run import result_head, write_json
 
-# of a user: at most so many test rows, the earliest, and at least
-CANDIDATES, LEAST = 64, 6
 # up to so many seconds
 APART = {
     "same second": 0,
@@ -95,39 +90,6 @@ def inside_users(
     }
 
 
-def labelled_requests(split: SplitInteractions) -> Workload | None:
-    """One request a user over the user's own test targets, at the time of the first of them.
-
-    Candidates are the user's earliest CANDIDATES targets, each item once; users with fewer than LEAST are left out;
-    None where nobody is left.
-    """
-    targets = split.rows.filter(pl.col("role") == "target", pl.col("split") == "test")
-    targets = targets.unique(["user", "item"], keep="first", maintain_order=True)
-    items = split.interactions.items
-    ids = items["item_id"].to_list()
-    user_ids = dict(split.interactions.users.select("user", "user_id").iter_rows())
-    requests = list[RankRequest]()
-    rows = list[tuple[Any, ...]]()  # as `SCHEMA`
-    for own in targets.partition_by("user", maintain_order=True):
-        if own.height < LEAST:
-            continue
-        user = int(own["user"][0])
-        first = own.head(CANDIDATES)
-        name = f"labelled/{user}"
-        listed = tuple(ids[item] for item in first["item"])
-        time = own["timestamp"][0]
-        requests.append(
-            RankRequest(user_ids[user], None, listed, time=time, request_id=name)
-        )
-        answers = enumerate(first.select("label", "row_id").iter_rows())
-        rows += [(name, k, user, label, row_id) for k, (label, row_id) in answers]
-    if not requests:
-        return None
-    codes = dict(items.select("item_id", "item").iter_rows())
-    table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    return Workload(Requests(requests, items, codes), table)
-
-
 def main(run: Path, out: Path, count: int = 800) -> None:
     """Score the test rows of so many users, drawn by lot, at one moment each; compare with the run's own scores."""
     model, data = open_run(run)
@@ -137,17 +99,15 @@ def main(run: Path, out: Path, count: int = 800) -> None:
         model, data.tokenizer, run / "checkpoints" / "last.ckpt", data, compared=False
     )
     # 1. one request a user, at the time of their first test row
-    workload = labelled_requests(data.split)
+    workload = moment_requests(data.split, "test", count)
     if workload is None:
-        sys.exit(f"no user has {LEAST} test rows")
-    every = workload.requests.requests
-    drawn = np.sort(np.random.default_rng(0).permutation(len(every))[:count])
-    requests = replace(workload.requests, requests=[every[k] for k in drawn])
-    names = [request.request_id for request in requests.requests]
-    table = workload.table.filter(pl.col("request_id").is_in(names))
+        sys.exit("too few test rows in every user")
+    table = workload.table
     # 2. scores of every exit, frozen and as tested
     with torch.inference_mode():
-        scored = score_every_head(model.eval(), prepare_requests(model, data, requests))
+        scored = score_every_head(
+            model.eval(), prepare_requests(model, data, workload.requests)
+        )
     exits = [name for name in scored.columns if name.startswith("logit_")]
     frozen = table.select("row_id", "user", "label").hstack(
         scored.select(pl.col(exits).name.prefix("frozen_"))

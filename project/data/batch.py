@@ -31,7 +31,6 @@ class Batch:
     label: Tensor  # (n,) 0, 1, or -1 where unknown
     target_tokens: Tensor  # (n,) tokens of the target's own segment up to its answer slot
     stream_tokens: Tensor  # (n,) context tokens that the target may see
-    moment: Tensor  # (n,) number of each target's time group in the batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -57,13 +56,6 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     real = np.ones(len(index), dtype=bool)
     real[starts] = False  # the instructions
     row = np.where(real, index, 0)
-    # the row whose time counts
-    clock = np.concatenate(
-        [
-            np.append(0, np.minimum(w.positions, w.moment) + streams.offsets[s])
-            for s, w in windows
-        ]
-    )
     context = ~real | streams.context[row]
 
     # 2. targets: those behind the part that is context alone
@@ -71,7 +63,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     scored = real & (within(counts) > behind[sequence]) & streams.target[row]
 
     # 3. time groups, numbered through in all sequences (run) and inside each (group)
-    time = np.where(real, streams.timestamp[clock], -np.inf)
+    time = np.where(real, streams.timestamp[row], -np.inf)
     new_group = np.ones(len(index), dtype=bool)
     new_group[1:] = (time[1:] != time[:-1]) | (sequence[1:] != sequence[:-1])
     run = np.cumsum(new_group) - 1
@@ -104,7 +96,6 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
         label=torch.from_numpy(streams.label[row[scored]].astype(np.int64)),
         target_tokens=torch.from_numpy(slot[scored] + 1),
         stream_tokens=torch.from_numpy(group_start[scored]),
-        moment=torch.from_numpy(run[scored]),
     )
 
 
@@ -158,8 +149,7 @@ def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
 class TrainSampler(Sampler[Windows]):
     """The batches of one epoch for one rank; the same on every machine for the same seed and epoch.
 
-    A window has at most `context_tokens`, a batch about `batch_tokens`; `seed` decides order and cuts of windows, and
-    which share `moments` of them end in rows of one moment.
+    A window has at most `context_tokens`, a batch about `batch_tokens`; `seed` decides order and cuts of windows.
     """
 
     def __init__(
@@ -170,12 +160,10 @@ class TrainSampler(Sampler[Windows]):
         seed: int,
         rank: int,
         world_size: int,
-        moments: float = 0.0,
     ) -> None:
         self._streams = streams
         self._context_tokens = context_tokens
         self._seed = seed
-        self._moments = moments
         self._rank = rank
         self._world_size = world_size
         # streams without a target are not read
@@ -204,7 +192,7 @@ class TrainSampler(Sampler[Windows]):
 
     def __iter__(self) -> Iterator[Windows]:
         rng = np.random.default_rng([self._seed, self.epoch])
-        windows = self._streams.training(self._context_tokens, rng, self._moments)
+        windows = self._streams.training(self._context_tokens, rng)
         windows = [windows[i] for i in rng.permutation(len(windows))]
         batches = share_out(self._streams, windows, self._steps * self._world_size)
         start, self.start = self.start, 0

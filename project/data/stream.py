@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -17,8 +17,6 @@ from project.data.ragged import Ragged, append, offsets_of
 # timestamp
 ROOM = 0.25
 TOGETHER = 2**17  # rows that become tokens at once
-LATER = 2**62  # a position that no stream has
-MOMENT_ROWS = 64  # rows of one moment at most, as many as candidates of a request
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,13 @@ class Window:
     """One packed sequence: positions [start, stop) as context only, then [first, last) to be scored.
 
     The two ranges touch (`stop == first`) except where many rows share one timestamp: those do not see each other, so
-    a window that scores some of them leaves the others out. Positions from `moment` on are read as candidates of one
-    moment, that of the first of them: they do not see each other either.
+    a window that scores some of them leaves the others out.
     """
 
     start: int
     stop: int
     first: int
     last: int
-    moment: int = LATER
 
     @property
     def positions(self) -> I64:
@@ -167,12 +163,9 @@ class Streams:
         return windows
 
     def training(
-        self, context_tokens: int, rng: np.random.Generator, moments: float = 0.0
+        self, context_tokens: int, rng: np.random.Generator
     ) -> list[tuple[int, Window]]:
-        """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target.
-
-        In a share `moments` of windows the last rows, a number drawn up to `MOMENT_ROWS`, are of one moment.
-        """
+        """(stream, window) pairs of one epoch: cut back to back, the first cut at random; those with a target."""
         lengths = self.tokens.lengths
         windows = list[tuple[int, Window]]()
         first_cuts = rng.integers(1, context_tokens + 1, size=len(self))
@@ -184,15 +177,6 @@ class Streams:
             ):
                 if target[start:stop].any():
                     windows.append((stream, Window(start, start, start, stop)))
-        if moments:
-            together = rng.integers(2, MOMENT_ROWS + 1, size=len(windows))
-            drawn = rng.random(len(windows)) < moments
-            windows = [
-                (stream, replace(w, moment=max(w.start, w.last - rows)) if chosen else w)
-                for (stream, w), rows, chosen in zip(
-                    windows, together.tolist(), drawn, strict=True
-                )
-            ]
         return windows
 
 

@@ -15,12 +15,8 @@ import polars as pl
 
 from project.arrays import F64
 from project.data.requests import SCHEMA, Requests, Workload, targets_for_requests
-from project.engine.engine import score_every_head
-from project.engine.requests import prepare_requests
-from project.errors import ProjectError
 from project.evaluation.baselines import fit_baselines
 from project.evaluation.bootstrap import UserBootstrap
-from project.evaluation.result import fold_of, labelled_scores
 from project.metrics import aucs_by_user, session_metrics
 from project.request import RankRequest
 from project.results import MomentRow, MomentRows
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
     from project.data.protocol import SplitInteractions
     from project.datamodule import InteractionData
     from project.exits.plan import Plans
-    from project.model.module import ExitRecommender
 
 CANDIDATES = 64  # of a user: the earliest so many targets, each item once
 LEAST = 6  # users with fewer are left out
@@ -76,53 +71,40 @@ def moment_requests(
 
 
 def moment_rows(
-    model: ExitRecommender,
     data: InteractionData,
     split: str,
+    scores: pl.DataFrame,
+    features: F64,
     plans: Plans | None,
     best_baseline: str | None,
-) -> MomentRows | None:
-    """Exits, baselines and the plan inside users at one moment each; None where a split has no such requests.
+) -> MomentRows:
+    """Exits, baselines and the plan inside users, from scores and features (n, F) of `moment_requests`' candidates.
 
-    One pass over at most `USERS` users more. Baselines read the same features as of that moment; networks, which have
-    scores of rows as tested alone, are left out.
+    Baselines read the same retrieved features, those of the requests at hand. Networks are left out: their scores are
+    of rows as tested.
     """
-    try:
-        workload = moment_requests(data.split, fold_of(split) or split)
-    except ProjectError:
-        return None
-    if workload is None:
-        return None
-    table = workload.table
+    row_id = scores["row_id"]
     # 1. logits (n,) by name, of exits and the plan
-    prepared = prepare_requests(model, data, workload.requests)
-    scores = labelled_scores(score_every_head(model, prepared), table)
-    layers = [0, *exit_layers_of(scores)]
     named = {
-        f"exit {k}": scores[f"logit_{k}"].to_numpy().astype(np.float64) for k in layers
+        f"exit {k}": scores[f"logit_{k}"].to_numpy().astype(np.float64)
+        for k in (0, *exit_layers_of(scores))
     }
     if plans is not None:
-        outputs = plans.plan.outputs(
-            scores, np.concatenate([one.retrieved for one in prepared])
-        )
+        outputs = plans.plan.outputs(scores, features)
         named["plan"] = plans.plan.emitted(outputs)[1].double().numpy()
     # 2. of baselines, fitted as for rows as tested
     log = data.split.interactions
     rows = data.split.rows.filter(
-        (pl.col("split") == "train") | pl.col("row_id").is_in(table["row_id"])
+        (pl.col("split") == "train") | pl.col("row_id").is_in(row_id.implode())
     )
     assert data.candidate_retrieved is not None
-    retrieved = data.retrieved | {split: _by_row(data.candidate_retrieved, table)}
+    table = data.candidate_retrieved.drop("row_id", strict=False).with_columns(row_id)
+    retrieved = data.retrieved | {split: table}
     for baseline in fit_baselines(rows, retrieved, [split], log.columns, log.own_scores):
-        named[f"baseline {baseline.name}"] = baseline.logits(table["row_id"])
+        named[f"baseline {baseline.name}"] = baseline.logits(row_id)
     return inside_users(
-        named, table["label"].to_numpy(), table["user"].to_numpy(), best_baseline
+        named, scores["label"].to_numpy(), scores["user"].to_numpy(), best_baseline
     )
-
-
-def _by_row(retrieved: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
-    """Retrieved features of candidates under the row ids of the log."""
-    return retrieved.drop("row_id", strict=False).with_columns(table["row_id"])
 
 
 def inside_users(

@@ -104,8 +104,6 @@ class ExitRecommender(L.LightningModule):
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
         numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
         items: Learn tokens for items' texts in prompts; set by data.prompt.segment.
-        rank_weight: Weight of the order inside a moment beside the log loss: pairs of a liked and a disliked candidate
-            of one moment (data.moments). 0 learns from each row by itself.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class ExitRecommender(L.LightningModule):
         answers: list[str] | None = None,
         numbers: bool = False,
         items: bool = False,
-        rank_weight: float = 0.0,
     ) -> None:
         super().__init__()
         # 1. settings
@@ -140,7 +137,6 @@ class ExitRecommender(L.LightningModule):
         self.answers = answers or [" no", " yes"]  # dislike, like
         self.numbers = numbers
         self.items = items
-        self.rank_weight = rank_weight
         self.vocabulary = Vocabulary()  # of context and users' attributes in prompts
         # learn a token for ratings of histories, too: known with the log, or a checkpoint
         self.ratings = False
@@ -301,10 +297,6 @@ class ExitRecommender(L.LightningModule):
         # gradients are averaged over processes, the loss is a sum over their targets: hence
         # the factor
         loss, per_head = exit_loss(logits, batch.label, targets / world)
-        if self.rank_weight:
-            ranked = rank_loss(logits, batch.label, batch.moment, targets / world)
-            self.log("train/rank_loss", ranked.detach())
-            loss = loss + self.rank_weight * ranked
         self.log("train/loss", loss.detach(), prog_bar=True)
         for layer, value in zip(self.exit_layers, per_head, strict=True):
             self.log(f"train/log_loss/exit_{layer}", value)
@@ -482,22 +474,6 @@ def exit_loss(
         / global_targets
     )
     return per_head.mean(), per_head.detach()
-
-
-def rank_loss(
-    logits: Tensor, labels: Tensor, moments: Tensor, global_targets: Tensor | float
-) -> Tensor:
-    """Mean over heads of the loss of order inside moments, of logits (n, K), labels (n,) and moments (n,).
-
-    A pair of a liked and a disliked target of one moment costs log(1 + exp(disliked - liked)) (RankNet, Burges et al.
-    2005). A moment weighs its targets, shared by its pairs; as in `exit_loss` the sum is divided by `global_targets`.
-    """
-    pair = (moments[:, None] == moments) & (labels[:, None] > labels)  # (n, n)
-    liked, disliked = pair.nonzero(as_tuple=True)  # (p,)
-    moment = moments[liked]
-    weight = moments.bincount()[moment] / moment.bincount()[moment]  # (p,)
-    apart = logits[disliked] - logits[liked]  # (p, K)
-    return (weight[:, None] * F.softplus(apart)).sum(0).mean() / global_targets
 
 
 def check_origin(

@@ -6,7 +6,6 @@ Prompts are characters, so what a target reads can be compared as text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -55,28 +54,6 @@ def test_each_target_sees_its_prompt(any_split: Streams) -> None:
         ]
         checked += len(expected)
     assert checked == any_split.target.sum()
-
-
-def test_rows_of_one_moment(tiny_logs: Path) -> None:
-    """A window whose last rows are of one moment is the window of a stream in which these rows have its time."""
-    split = read_split(tiny_logs, Protocol(minimum_history=1))
-    streams = streams_without_retrieved(split, "train")
-    stream = int(np.diff(streams.offsets).argmax())
-    start, stop = streams.offsets[stream : stream + 2].tolist()
-    rows = stop - start
-    assert streams.target[stop - 3 : stop].all()
-    timestamp = streams.timestamp.copy()
-    timestamp[stop - 3 : stop] = timestamp[stop - 3]
-    frozen = pack(streams, [(stream, Window(0, 0, 0, rows, moment=rows - 3))])
-    expected = pack(
-        replace(streams, timestamp=timestamp), [(stream, Window(0, 0, 0, rows))]
-    )
-    assert torch.equal(dense_mask(frozen.layout), dense_mask(expected.layout))
-    assert torch.equal(frozen.layout.position, expected.layout.position)
-    assert torch.equal(frozen.moment, expected.moment)
-    assert len(frozen.moment[-3:].unique()) == 1
-    free = pack(streams, [(stream, Window(0, 0, 0, rows))])
-    assert len(free.moment[-3:].unique()) > 1
 
 
 def test_groups_start_together(any_split: Streams) -> None:

@@ -31,12 +31,7 @@ from project.data.stream import Streams, Window
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.model.backbone import Backbone
 from project.model.heads import START
-from project.model.module import (
-    ExitRecommender,
-    LoraSettings,
-    exit_loss,
-    rank_loss,
-)
+from project.model.module import ExitRecommender, LoraSettings, exit_loss
 from project.model.sharding import shared_mesh
 from research.packing import prompts_of
 
@@ -318,20 +313,6 @@ def test_loss_by_hand() -> None:
     first, second = math.log(2) * 2 / 4, (math.log(4 / 3) + math.log(4)) / 4
     torch.testing.assert_close(per_head, torch.tensor([first, second]))
     assert loss.item() == pytest.approx((first + second) / 2)
-
-
-def test_rank_loss_by_hand() -> None:
-    """Pairs of one moment alone; its two pairs share its three targets; another moment has one label, so no pair."""
-    logits = torch.tensor([[0.0], [math.log(3)], [0.0], [5.0]], requires_grad=True)
-    labels = torch.tensor([1, 0, 0, 1])
-    loss = rank_loss(logits, labels, torch.tensor([7, 7, 7, 8]), 4.0)
-    # log(1 + e^(ln 3 - 0)) = ln 4 and log(1 + e^0) = ln 2, each with 3 targets / 2 pairs
-    assert loss.item() == pytest.approx(1.5 * (math.log(4) + math.log(2)) / 4)
-    loss.backward()
-    assert logits.grad is not None
-    assert logits.grad[3].item() == 0  # alone in its moment
-    none = rank_loss(logits, labels, torch.arange(4), 4.0)
-    assert none.item() == 0
 
 
 def test_no_targets() -> None:
