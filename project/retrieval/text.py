@@ -115,13 +115,7 @@ class MeanPooling:
     def _loaded(self) -> Any:
         """The model, float32."""
         config = deepcopy(self._tokenizer[0])
-        layers = config.num_hidden_layers
         if self.num_layers is not None:
-            if not 1 <= self.num_layers <= layers:
-                raise ConfigError(
-                    f"data.retriever.init_args.num_layers is {self.num_layers}, but {self.model} has {layers}: "
-                    f"expected 1 to {layers}."
-                )
             config.num_hidden_layers = self.num_layers
         config.use_cache = False
         with quiet_loading():
@@ -177,7 +171,6 @@ class TextEncoder(VectorRetriever):
     Args:
         encoder: all-minilm-l6-v2 or smollm2-135m-instruct (fetched from the package index), a folder, or a name on
             the Hugging Face hub: a sentence encoder, or a causal LM, whose last hidden states are averaged.
-        num_layers: Use only the first so many layers; null is all of them.
         **kwargs: Arguments of VectorRetriever.
     """
 
@@ -185,13 +178,11 @@ class TextEncoder(VectorRetriever):
         self,
         *,
         encoder: str = "all-minilm-l6-v2",
-        num_layers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.encoder = encoder
-        self.num_layers = num_layers
-        self.reader = MeanPooling(encoder, MAX_TOKENS, num_layers)
+        self.reader = MeanPooling(encoder, MAX_TOKENS)
 
     def begin(self, num_users: int, items: pl.DataFrame) -> None:
         """Forget all users' pasts and the vectors of other items."""

@@ -54,7 +54,7 @@ def retriever(
         "lightgcn": LightGCN(neighbours=4, dim=4, epochs=1),
         "item_knn": ItemKNN(neighbours=4),
         "text": TextEncoder(neighbours=4, encoder=str(tiny_encoder)),
-        "llm": TextEncoder(neighbours=4, encoder=str(tiny_model), num_layers=1),
+        "llm": TextEncoder(neighbours=4, encoder=str(tiny_model)),
     }[request.param]
     return found
 
