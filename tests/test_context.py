@@ -29,6 +29,8 @@ from project.data.requests import (
 from project.data.vocabulary import FIRST_CONTEXT_ID, LOWEST_CONTEXT_ID, Vocabulary
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ConfigError, DataError
+from project.evaluation import moment
+from project.evaluation.moment import moment_requests
 from project.export import export, load_exported
 from project.features import FEATURES, Term
 from project.model.backbone import NumberEmbedding
@@ -346,6 +348,30 @@ def test_requests_of_a_log_have_its_context(opened: Run) -> None:
     brought = catalogue_requests(run.data.split, "test", 1000, 5, seed=0, history=1)
     said = {one.user["country"] if one.user else None for one in brought.requests.requests}
     assert said == {"fr", "de", "es", None}
+
+
+def test_the_first_row_of_a_moment_is_the_row_as_tested(
+    opened: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit 0 and tokens are those of its row; candidates after it have its context, so not all of their own."""
+    monkeypatch.setattr(moment, "LEAST", 1)
+    run = opened
+    drawn = moment_requests(run.data.split, "test")
+    assert drawn is not None
+    prepared = prepare_requests(run.model, run.data, drawn.requests)
+    table = run.data.retrieved["test"]
+    rows = drawn.table.select("row_id").join(table, on="row_id", maintain_order="left")
+    expected = run.model.feature_baseline().logits(rows)
+    found = np.concatenate([one.exit_0 for one in prepared])
+    first = (drawn.table["candidate_index"] == 0).to_numpy()
+    assert first.sum() == len(prepared) > 10
+    np.testing.assert_allclose(found[first], expected[first], atol=1e-6)
+    assert abs(found - expected)[~first].max() > 0.01
+    streams = run.data.streams("test")
+    for row_id, made in zip(drawn.table["row_id"].filter(first), prepared, strict=True):
+        (at,) = np.flatnonzero(streams.row_id == row_id)
+        own = streams.tokens[at][: streams.slots[at] + 1]
+        assert made.candidates[0].tolist() == own.tolist()
 
 
 def test_a_token_is_the_sum_of_its_values_vectors() -> None:

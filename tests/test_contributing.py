@@ -244,7 +244,7 @@ def changed(tree: Path, diff: str) -> None:
 @pytest.mark.slow
 def test_model_family(tmp_path: Path) -> None:
     """A copy of this tree with the document's changes passes the document's command, which chooses the new family."""
-    for folder in ("project", "tests"):
+    for folder in ("project", "research", "tests"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from project.arrays import F64
+from project.data.context import CONTEXT, as_given
 from project.data.requests import SCHEMA, Requests, Workload, targets_for_requests
 from project.evaluation.baselines import fit_baselines
 from project.evaluation.bootstrap import UserBootstrap
@@ -35,7 +36,9 @@ USERS = 1000  # drawn by lot where there are more
 def moment_requests(
     split: SplitInteractions, part: str, users: int = USERS
 ) -> Workload | None:
-    """One request a user over the user's own targets of test or a fold, at the time of the first; None without users.
+    """One request a user over the user's own targets of test or a fold; None without users.
+
+    All candidates have the time and the context of the first of them.
 
     Raises:
         ConfigError: A fold's requests would read rows of test.
@@ -59,9 +62,17 @@ def moment_requests(
         first = own.head(CANDIDATES)
         name = f"moment/{user}"
         listed = tuple(ids[item] for item in first["item"])
-        time = first["timestamp"][0]
+        asked = first.row(0, named=True)
+        context = as_given(asked, CONTEXT, split.interactions.texts) or None
         requests.append(
-            RankRequest(user_ids[user], None, listed, time=time, request_id=name)
+            RankRequest(
+                user_ids[user],
+                None,
+                listed,
+                context=context,
+                time=asked["timestamp"],
+                request_id=name,
+            )
         )
         answers = first.select("label", "row_id").iter_rows()
         rows += [(name, k, user, *answer) for k, answer in enumerate(answers)]
