@@ -22,7 +22,7 @@ from rich.markdown import Markdown
 from project.arrays import F64
 from project.bundle import write_bundle
 from project.data.requests import Workload, catalogue_requests
-from project.engine.engine import score_every_head, score_workload
+from project.engine.engine import score_labelled, score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
 from project.evaluation.moment import moment_requests, moment_rows
@@ -30,7 +30,6 @@ from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
     fold_of,
-    labelled_scores,
     own_metric,
     scored_result,
     scored_rows,
@@ -484,9 +483,8 @@ def _moment(
     if workload is None:
         return None
     prepared = prepare_requests(module, data, workload.requests)
-    scores = labelled_scores(score_every_head(module, prepared), workload.table)
-    features = np.concatenate([one.retrieved for one in prepared])
-    return moment_rows(data, split, scores, features, plans, best_baseline)
+    scored = score_labelled(module, workload, prepared)
+    return moment_rows(data, split, *scored, plans, best_baseline)
 
 
 def _scores(module: L.LightningModule) -> pl.DataFrame:

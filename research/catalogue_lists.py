@@ -21,10 +21,11 @@ from project.data.requests import catalogue_requests
 from project.engine.engine import score_every_head
 from project.engine.predict import load_weights
 from project.engine.requests import prepare_requests
+from project.evaluation.bootstrap import UserBootstrap
 from project.evaluation.result import labelled_scores
 from project.run import result_head, write_json
 
-COUNT, CANDIDATES, FIRST, DRAWS = 600, 64, 10, 1000
+COUNT, CANDIDATES, FIRST = 600, 64, 10
 
 
 def score(run: Path, out: Path) -> None:
@@ -69,27 +70,16 @@ def compare(base: Path, other: Path, out: Path, run: Path) -> None:
     for name in [column for column in tables[0].columns if column.startswith("logit_")]:
         before, after = (found(table, name) for table in tables)
         assert before["user"].equals(after["user"])
-        # users (u,) with the sums and counts of their requests
-        by_user = pl.DataFrame(
-            {"user": after["user"], "gap": after["ndcg"] - before["ndcg"]}
-        )
-        by_user = by_user.group_by("user", maintain_order=True).agg(
-            pl.col("gap").sum(), n=pl.len()
-        )
-        gaps, counts = by_user["gap"].to_numpy(), by_user["n"].to_numpy()
-        drawn = np.random.default_rng(0).integers(len(gaps), size=(DRAWS, len(gaps)))
-        bounds = np.quantile(gaps[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+        gap = after["ndcg"] - before["ndcg"]
+        bootstrap = UserBootstrap(after["user"])
         rows.append(
             {
                 "exit": name.removeprefix("logit_"),
                 "requests": after.height,
-                "users": len(gaps),
+                "users": after["user"].n_unique(),
                 "base_ndcg": before["ndcg"].mean(),
                 "ndcg": after["ndcg"].mean(),
-                "minus_base": {
-                    "value": gaps.sum() / counts.sum(),
-                    "interval": bounds.tolist(),
-                },
+                "minus_base": bootstrap.ratio_interval(gap, np.ones(gap.len())),
                 "base_hits": before["hits"].mean(),
                 "hits": after["hits"].mean(),
             }

@@ -505,6 +505,14 @@ def score_every_head(
     return scores_of(ids, torch.cat(logits), candidates, exit_0, model.exit_layers)
 
 
+def score_labelled(
+    model: ExitRecommender, workload: Workload, prepared: Sequence[PreparedRequest]
+) -> tuple[pl.DataFrame, F64]:
+    """Labelled scores of every head for the prepared requests of a workload, and features (n, F) of its candidates."""
+    scores = labelled_scores(score_every_head(model, prepared), workload.table)
+    return scores, np.concatenate([one.retrieved for one in prepared])
+
+
 def score_workload(
     model: ExitRecommender,
     workload: Workload,
@@ -512,12 +520,12 @@ def score_workload(
     plan: ExitPlan,
 ) -> ScoredRequests:
     """Calibrated scores of every head for the prepared requests of a workload."""
-    scores = labelled_scores(score_every_head(model, prepared), workload.table)
+    scores, features = score_labelled(model, workload, prepared)
     request = np.repeat(np.arange(len(prepared)), [len(one) for one in prepared])
     return ScoredRequests(
         torch.from_numpy(request),
         scores["user"].to_numpy()[np.unique(request, return_index=True)[1]],
-        plan.outputs(scores, np.concatenate([one.retrieved for one in prepared])),
+        plan.outputs(scores, features),
         scores["target_tokens"].to_torch(),
         scores["stream_tokens"].to_torch(),
         scores["label"].fill_null(-1).to_numpy().astype(np.int8),

@@ -20,7 +20,7 @@ from project.evaluation.baselines import fit_baselines
 from project.evaluation.bootstrap import UserBootstrap
 from project.metrics import aucs_by_user, session_metrics
 from project.request import RankRequest
-from project.results import MomentRow, MomentRows
+from project.results import Estimate, MomentRow, MomentRows
 from project.run import exit_layers_of
 
 if TYPE_CHECKING:
@@ -126,20 +126,20 @@ def inside_users(
     aucs = {name: aucs_by_user(logits, labels, users) for name, logits in named.items()}
     rows = aucs["exit 0"][1]
     bootstrap = UserBootstrap(np.arange(rows.size))
-    against = {"minus_exit_0": "exit 0", "minus_best_baseline": f"baseline {best_baseline}"}
+
+    def minus(name: str, base: str) -> Estimate | None:
+        if name == base or base not in aucs:
+            return None
+        return bootstrap.ratio_interval(rows * (aucs[name][0] - aucs[base][0]), rows)
+
     found = dict[str, MomentRow]()
     for name, logits in named.items():
-        own = aucs[name][0]
-        differences = {
-            key: bootstrap.ratio_interval(rows * (own - aucs[base][0]), rows)
-            for key, base in against.items()
-            if base in aucs and base != name
-        }
+        means = session_metrics(logits, labels, users)
         found[name] = {
-            "auc": bootstrap.ratio_interval(rows * own, rows)["value"],
-            "auc_users": float(own.mean()) if own.size else None,
-            "ndcg": session_metrics(logits, labels, users)["ndcg"],
-            "minus_exit_0": differences.get("minus_exit_0"),
-            "minus_best_baseline": differences.get("minus_best_baseline"),
+            "auc": means["gauc"],
+            "auc_users": float(aucs[name][0].mean()) if rows.size else None,
+            "ndcg": means["ndcg"],
+            "minus_exit_0": minus(name, "exit 0"),
+            "minus_best_baseline": minus(name, f"baseline {best_baseline}"),
         }
     return {"users": int(rows.size), "rows": int(rows.sum()), "scores": found}
