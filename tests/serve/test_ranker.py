@@ -191,6 +191,16 @@ def test_a_restart_is_as_if_it_had_gone_on(
     assert counts[1] == counts[0] + 1
 
 
+def test_a_new_users_events_are_read_for_nobody_else(ranker: Ranker) -> None:
+    """An unknown user has no answers before and after the first new user's event: rate and count are of no rows."""
+    unknown = RankRequest("nobody", None, ["i9"])
+    (before,) = ranker.rank_after_log([unknown])
+    ranker.observe([Event("a", "first", "i7", 0, 2000.0)], [])
+    (after,) = ranker.rank_after_log([unknown])
+    for name in ("user_count", "user_rate", "text_weight"):
+        np.testing.assert_equal(after.features[name], before.features[name])
+
+
 def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
     """A new user's events make the history that a request brings: the same segments but for the others' counts."""
     past = [(f"i{k % 20}", k % 2, 3000.0 + k) for k in range(8)]
