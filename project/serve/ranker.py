@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ class Ranker:
         # by user id
         self._users: dict[str, int] = dict(log.users.select("user_id", "user").iter_rows())
         self._index = data.features.index()
+        # codes of users that the log does not have; the guest's stands for all who are unknown
+        self._new_codes = count(self._index.guest + 1)
         self._rates = data.rates
         rows = split.rows.filter(answered(split.rows)).select(
             "user", "item", "row_id", "timestamp", "label", "rating"
@@ -206,7 +209,9 @@ class Ranker:
         for event in events:
             # 1. who and what it is about; either may be new
             self._learn([named_by(event)])
-            user = self._users.setdefault(event.user_id, len(self._users))
+            if event.user_id not in self._users:
+                self._users[event.user_id] = next(self._new_codes)
+            user = self._users[event.user_id]
             item = self._codes[event.item_id]
             code = np.array([item])
             # 2. the features it has now, for its prompt and for the drift alarm
