@@ -26,6 +26,7 @@ from project.config import (
     link_model_and_data,
     one_line,
     project_error_in,
+    with_presets,
 )
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError
@@ -100,7 +101,7 @@ class ProjectCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], others: Mapping[str, str]) -> None:
-        self._arguments = list(arguments)
+        self._arguments = with_presets(arguments)
         self._others = others
         super().__init__(
             ExitRecommender,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,36 @@ NO_REASON = re.compile(
     r"Parser key|Problem with given class_path|Expected a path but|Does not validate|Subtypes:|Errors:|Given value|"
     r"Subclass types|a class path|a dict |Expected a <class 'NoneType'>$|$"
 )
+
+PRESET = "exitrec:"
+
+
+def with_presets(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the file of a preset in place of its name: `exitrec:quickstart`, `exitrec:overlays/bf16`."""
+    # in a wheel presets lie inside the package, in a checkout beside it
+    package = Path(__file__).parent
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    # by name; what lies deeper than these folders is no configuration
+    presets = {
+        path.relative_to(folder).with_suffix("").as_posix(): str(path)
+        for below in ("", "overlays", "retrievers")
+        for path in sorted((folder / below).glob("*.yaml"))
+    }
+    found = list[str]()
+    for word in arguments:
+        # the value of `--config=exitrec:quickstart` is what follows its sign
+        key, equals, value = word.partition("=") if word[:1] == "-" else ("", "", word)
+        if value.startswith(PRESET):
+            name = value.removeprefix(PRESET).removesuffix(".yaml")
+            if name not in presets:
+                raise ConfigError(
+                    f"{value} is no preset{did_you_mean(name, [*presets])}; expected {PRESET}NAME with one of "
+                    f"{', '.join(presets)}. A file of your own is given by its path."
+                )
+            value = presets[name]
+        found.append(key + equals + value)
+    return found
 
 
 def link_model_and_data(parser: LightningArgumentParser) -> None:
@@ -121,7 +151,7 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
         homes = (retrieval, logs, readers)
         reason += did_you_mean(found[1], [name for home in homes for name in vars(home)])
     if reason.endswith("Got value: None") or "arguments are required" in reason:
-        reason += ". Is --config FILE missing, such as configs/quickstart.yaml?"
+        reason += ". Is --config FILE missing, such as exitrec:quickstart?"
     return ConfigError(f"{key}: {reason}" if key else reason)
 
 

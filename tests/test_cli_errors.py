@@ -154,6 +154,9 @@ def test_yaml_that_is_no_configuration(
 def test_a_missing_file_and_an_unknown_command(line_of: Line) -> None:
     assert "absent.yaml" in line_of("fit", "--config", "absent.yaml")
     assert "--config FILE" in line_of("fit")
+    said = line_of("fit", "--config=exitrec:quikstart")
+    assert "(did you mean quickstart?)" in said
+    assert "overlays/bf16" in said
     assert "did you mean data?" in line_of("fit", "--help", "dat")
     with pytest.raises(ConfigError, match=r"did you mean table\?"):
         check_command(["tabel"], ["fit", "test", "table"])
