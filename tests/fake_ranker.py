@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 
 from project.request import Item, RankRequest, Scored
-from project.serve.store import Event, EventStore
+from project.serve.store import Deleted, Event, EventStore
 from project.serve.waiting import Waiting
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,19 @@ class FakeRanker:
 
     def follow(self, store: EventStore, embed: bool = True) -> None:
         self.seq, arrived = store.arrivals(self.seq)
-        self.events += [what for what in arrived if isinstance(what, Event)]
+        for what in arrived:
+            if isinstance(what, Event):
+                self.events.append(what)
+            elif isinstance(what, Deleted):
+                self.events = [
+                    e
+                    for e in self.events
+                    if e.user_id != what.user_id
+                    or not what.covers(e.item_id, e.label, e.timestamp)
+                ]
+
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        return {"item_id": "i1", "title": "Alien"} if item_id == "i1" else None
 
     def knows_user(self, user_id: str) -> bool:
         return user_id == "u1" or any(e.user_id == user_id for e in self.events)

@@ -131,6 +131,33 @@ class FeatureIndex:
         self._tell(self._size - 1)
         self.latest = timestamp
 
+    def remove(self, user: int, places: Sequence[int]) -> None:
+        """Undo `observe` of rows, by their places in the user's past; what was fitted on them stays."""
+        code = self._code(user)
+        rows = self._rows
+        own = self._own[code].values
+        gone = own[list(places)]
+        # 1. nobody reads the rows
+        rows.rater[gone] = False
+        rows.own[gone] = False
+        # 2. what was observed of their items is made again from the others
+        left = np.array(self._as_known())
+        left = left[rows.rater[left] & np.isin(rows.item[left], rows.item[gone])]
+        for item in np.unique(rows.item[gone]).tolist():
+            self._past.take_item(item, rows, left[rows.item[left] == item])
+        # 3. and of the user
+        own = own[rows.own[own]]
+        self._past.take_user(code, rows, own)
+        self._retriever.forget(code)
+        self._own[code] = Growing()
+        for row in own.tolist():
+            self._own[code].append(row)
+            self._tell(row)
+
+    def counts(self, item: int) -> tuple[int, int]:
+        """Likes and rows of an item."""
+        return self._past.rates(item, self.guest)[:2]
+
     def retrieved(
         self,
         user: int,

@@ -138,6 +138,19 @@ class Past:
         if rows.own[row]:
             _count(self._users, int(rows.user[row]), label)
 
+    def take_item(self, item: int, rows: WalkRows, at: I64) -> None:
+        """Take an item's rows to be those at these positions, in time order, as if no other had been observed."""
+        # the latest row of each person, of these the latest that there is room for
+        _, from_end = np.unique(rows.person[at][::-1], return_index=True)
+        latest = at[np.sort(at.size - 1 - from_end)[-(self._max_raters + 1) :]]
+        self._raters[item] = np.stack([latest, rows.person[latest]])
+        self._size[item] = latest.size
+        self._items[item] = [int(rows.label[at].sum()), at.size]
+
+    def take_user(self, user: int, rows: WalkRows, at: I64) -> None:
+        """Take a user's rows to be those at these positions."""
+        self._users[user] = [int(rows.label[at].sum()), at.size]
+
     def forget(self, user: int) -> None:
         """Drop the rate of a user."""
         self._users.pop(user, None)

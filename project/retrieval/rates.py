@@ -133,6 +133,11 @@ class ContextRates:
             if self.columns[name] == "category":
                 self._texts[code] = said(name, attributes[name.removeprefix(USER)])
 
+    def forget_user(self, user_id: str) -> None:
+        """Have nobody read attributes of a user any more. What the user's rows were counted as stays."""
+        self._put.pop(user_id, None)
+        self._user_codes.pop(user_id, None)
+
     def shown(self, user_id: str) -> dict[str, Any]:
         """What is known of a user, by name, as a request says it."""
         return as_given(self.attributes(user_id), USER, self._texts)

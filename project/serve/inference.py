@@ -262,6 +262,8 @@ class Served:
                             "attributes": ranker.attributes_of(name),
                         }
                     )
+                case ("item", name):
+                    answers.append(ranker.item(name))
                 case ("about",):
                     answers.append(ranker.about | {"full_depth": ranker.full_depth})
                 case ("reload", folder):

@@ -49,7 +49,7 @@ from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
 from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
-from project.serve.store import Event, EventStore, seen
+from project.serve.store import Deleted, Event, EventStore, seen
 from project.serve.waiting import Waiting
 
 EXAMPLES = 12
@@ -172,12 +172,19 @@ class Ranker:
             self._text_vectors.of(texts)
         self._take_in(self.waiting.release(texts), embed=False)
 
-    def _take_in(self, arrived: Sequence[Event | dict[str, str]], embed: bool) -> None:
+    def _take_in(
+        self, arrived: Sequence[Event | Deleted | dict[str, str]], embed: bool
+    ) -> None:
         """Observe what came to the store, or have it wait."""
         # by id, not observed yet: those in a row are embedded together
         items = dict[str, Mapping[str, str]]()
         for what in arrived:
-            # 0. a user, whose attributes later events read
+            # 0. rows that leave, or a user, whose attributes later events read
+            if isinstance(what, Deleted):
+                self._forget(what)
+                # events that wait leave as soon as they come
+                self.waiting.hold(what, "")
+                continue
             if not isinstance(what, Event) and "user_id" in what:
                 self._rates.put_user(what["user_id"], what)
                 continue
@@ -199,6 +206,30 @@ class Ranker:
             else:
                 items.setdefault(item_id, what)
         self.observe([], items.values())
+
+    def _forget(self, gone: Deleted) -> None:
+        """Drop deleted rows. A user without any is unknown from then on."""
+        if gone.item_id is None:
+            self._rates.forget_user(gone.user_id)
+        if gone.user_id not in self._users:
+            return
+        user = self._users[gone.user_id]
+        history = self._history(user)
+        ids = self._items["item_id"]
+        places = [
+            k for k, (i, y, t) in enumerate(history.rows) if gone.covers(ids[i], y, t)
+        ]
+        if places:
+            self._index.remove(user, places)
+            history.drop(places)
+        if not history.rows:
+            examples = self.about["examples"]["users"]
+            if gone.user_id in examples:
+                examples.remove(gone.user_id)
+            del self._users[gone.user_id]
+            del self._histories[user]
+        # keys and values of the tokens that are gone
+        self._cache.take(gone.user_id, 0)
 
     def _absent(self, texts: Iterable[str]) -> list[str]:
         return [] if self._text_vectors is None else self._text_vectors.absent(texts)
@@ -309,6 +340,15 @@ class Ranker:
             {"item_id": ids[i], "title": titles[i], "label": y, "time": t}
             for i, y, t in rows
         ]
+
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """A known item: title and other columns, likes and rows as of now."""
+        if item_id not in self._codes:
+            return None
+        code = self._codes[item_id]
+        row = self._items.row(code, named=True)
+        likes, rows = self._index.counts(row.pop("item"))
+        return row | {"likes": likes, "rows": rows}
 
     def _history(self, user: int) -> History:
         if user not in self._histories:
@@ -530,6 +570,13 @@ class History:
         self.tokens.append(tokens)
         self.times.append(time)
         self.rows.append((item, label, dated))
+        self._prefix = None
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Take out the rows at these places."""
+        for rows in (self.tokens, self.times, self.rows):
+            for place in reversed(places):
+                del rows[place]
         self._prefix = None
 
     def prefix(self, instruction: I64, context_tokens: int) -> StreamTokens:

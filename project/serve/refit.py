@@ -15,7 +15,7 @@ from project.config import open_run
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
 from project.run import SEEN, label_rule, read_config, replace_file, write_json
-from project.serve.store import Event, EventStore, seen
+from project.serve.store import Deleted, Event, EventStore, seen
 
 
 def run_refit(arguments: Sequence[str]) -> Path:
@@ -56,7 +56,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
             f"The run reads {', '.join(more)}, and refit writes users, items, times and answers alone. Add the events "
             "to your log and run fit."
         )
-    # 1. the log and the events, by ids; of a row that stands twice the later
+    # 1. the log without what was deleted, and the events, by ids; of a row that stands twice
+    # the later
     last, arrived = store.arrivals(seen(run))
     rows = data.split.rows.filter(answered(data.split.rows))
     old = rows.join(log.users, on="user").join(
@@ -67,6 +68,14 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
         {name: old.schema.get(name, pl.String) for name in Event._fields},
         orient="row",
     )
+    for what in arrived:
+        if isinstance(what, Deleted):
+            gone = pl.col("timestamp") <= what.timestamp
+            if what.item_id is not None:
+                gone = (pl.col("timestamp") == what.timestamp) & (
+                    (pl.col("item_id") == what.item_id) & (pl.col("label") == what.label)
+                )
+            old = old.filter(~((pl.col("user_id") == what.user_id) & gone))
     columns = ["user_id", "item_id", "timestamp", "label", "rating"]
     interactions = pl.concat([old.sort("row_id").select(columns), events.select(columns)])
     interactions = interactions.unique(columns[:3], keep="last", maintain_order=True)
@@ -77,7 +86,7 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     known = log.items.drop("item")
     named = interactions.select("item_id", title="item_id").unique(maintain_order=True)
     brought = pl.DataFrame(
-        [what for what in arrived if not isinstance(what, Event) and "item_id" in what],
+        [what for what in arrived if isinstance(what, dict) and "item_id" in what],
         known.schema,
     )
     tables = [named.join(known, on="item_id", how="anti"), known, brought]

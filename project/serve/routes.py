@@ -328,7 +328,7 @@ async def desk_of(request: Request) -> Desk:
 Here = Annotated[Desk, Depends(desk_of)]
 BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Error} for status in (400, 401, 409, 413, 422, 429, 503)
+    status: {"model": Error} for status in (400, 401, 404, 409, 413, 422, 429, 503)
 }
 # for /docs: `Guard` checks the token
 router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)
@@ -429,6 +429,31 @@ async def users(
 async def user(user_id: shapes.Id, desk: Here) -> dict[str, Any]:
     """A user's history, and attributes as requests read them."""
     return dict(await desk.ask(("user", user_id)))
+
+
+@router.delete("/v1/users/{user_id:path}")
+async def forget_user(user_id: shapes.Id, desk: Here) -> dict[str, int]:
+    """Delete all that is known of a user: how many rows the history had, and how many events were on disk."""
+    known = await desk.ask(("user", user_id))
+    events = await run_in_threadpool(desk.store.delete, user_id)
+    return {"rows": len(known["history"]), "events": events}
+
+
+@router.delete("/v1/events/{event_id:path}")
+async def forget_event(event_id: shapes.Id, desk: Here) -> dict[str, int]:
+    """Delete an event. Its id is free then: a correction is posted under the same one."""
+    return {"events": await run_in_threadpool(desk.store.delete, event_id=event_id)}
+
+
+@router.get("/v1/items/{item_id:path}")
+async def item(item_id: shapes.Id, desk: Here) -> dict[str, Any]:
+    """A known item: title and other columns, likes and rows as of now."""
+    found = await desk.ask(("item", item_id))
+    if found is None:
+        raise HTTPException(
+            404, f"No item {item_id!r} is known; PUT /v1/items makes one known."
+        )
+    return dict(found)
 
 
 @router.get("/info")

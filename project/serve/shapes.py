@@ -34,9 +34,8 @@ from project.data.protocol import label_of
 from project.errors import DataError
 from project.request import HistoryRow, Item, RankRequest, Scored, check_names, text_of
 from project.serve.settings import ServeSettings
-from project.serve.store import Event
+from project.serve.store import AHEAD, Event
 
-AHEAD = 60.0  # seconds that the clock of a client may be fast
 # on the value of Gorse's feedback
 CONDITIONS = {">": gt, ">=": ge, "=": eq, "<": lt, "<=": le}
 

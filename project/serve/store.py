@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import sqlalchemy as sa
 from project.errors import ConfigError
 from project.run import SEEN
 
+AHEAD = 60.0  # seconds that the clock of a client may be fast
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
 
 
@@ -40,6 +42,21 @@ class Event(NamedTuple):
     timestamp: float
     context: str = ""
     rating: float | None = None
+
+
+class Deleted(NamedTuple):
+    """What a user's rows were deleted by: all dated until `timestamp`, or one of this item, label and time."""
+
+    user_id: str
+    timestamp: float
+    item_id: str | None = None
+    label: int | None = None
+
+    def covers(self, item_id: str, label: int, timestamp: float) -> bool:
+        """Whether it is about this row of the user."""
+        if self.item_id is None:
+            return timestamp <= self.timestamp
+        return (item_id, label, timestamp) == (self.item_id, self.label, self.timestamp)
 
 
 class Added(NamedTuple):
@@ -86,6 +103,18 @@ USERS = sa.Table(
     sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("user_id", sa.Text, index=True, nullable=False),
     sa.Column("columns", sa.Text, nullable=False),
+)
+
+DELETED = sa.Table(
+    "deleted",
+    TABLES,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    # of the event that was deleted; 0: all rows of the user
+    sa.Column("event_seq", sa.BigInteger, nullable=False),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("timestamp", sa.Double, nullable=False),
+    sa.Column("item_id", sa.Text),
+    sa.Column("label", sa.SmallInteger),
 )
 
 
@@ -187,11 +216,8 @@ class EventStore:
         if not rows:
             return 0, known
         with self._writing, self._engine.begin() as connection:
-            # 1. room in the order of commits: waits for other writers
-            tick = (
-                sa.update(CLOCK).values(seq=CLOCK.c.seq + len(rows)).returning(CLOCK.c.seq)
-            )
-            last = connection.execute(tick).scalar_one()
+            # 1. room in the order of commits
+            last = _tick(connection, len(rows))
             # 2. known keys; a user is known as the latest row has them
             names = list(rows)
             for start in range(0, len(names), TOGETHER):
@@ -210,26 +236,68 @@ class EventStore:
                 connection.execute(sa.insert(key.table), new)
         return len(new), known
 
-    def arrivals(self, seq: int) -> tuple[int, list[Event | dict[str, Any]]]:
-        """The latest `seq`, and events, items and users behind the one given, in the order in which they came.
+    def delete(self, user_id: str | None = None, event_id: str | None = None) -> int:
+        """Delete a user's events and attributes, or an event; how many events these were.
 
-        An item or a user that was put again with other columns comes again.
+        A record of it stays, by which whoever has read the rows leaves them out.
+        """
+        of = EVENTS.c.event_id == event_id
+        if user_id is not None:
+            of = EVENTS.c.user_id == user_id
+        with self._writing, self._engine.begin() as connection:
+            seq = _tick(connection, 1)
+            gone = connection.execute(sa.delete(EVENTS).where(of).returning(EVENTS)).all()
+            event_seq = 0
+            if user_id is not None:
+                connection.execute(sa.delete(USERS).where(USERS.c.user_id == user_id))
+                # events may be dated ahead
+                what = Deleted(user_id, time.time() + AHEAD)
+            elif gone:
+                event = Event(*gone[0][1:])
+                event_seq = gone[0].seq
+                what = Deleted(event.user_id, event.timestamp, event.item_id, event.label)
+            else:
+                return 0
+            row = {"seq": seq, "event_seq": event_seq, **what._asdict()}
+            connection.execute(sa.insert(DELETED).values(row))
+        return len(gone)
+
+    def arrivals(self, seq: int) -> tuple[int, list[Event | Deleted | dict[str, Any]]]:
+        """The latest `seq`, and events, items, users and deletions behind the one given, in the order they came.
+
+        An item or a user that was put again with other columns comes again. An event that was deleted does not come,
+        and its deletion comes to those alone who may have read it.
         """
         with self._engine.connect() as connection:
             last = int(connection.execute(sa.select(CLOCK.c.seq)).scalar_one())
-            rows = list[Any]()
-            for table in (EVENTS, ITEMS, USERS) if last > seq else ():
-                rows += connection.execute(
-                    sa.select(table).where(table.c.seq.between(seq + 1, last))
-                )
+            rows = list[tuple[int, Any]]()
+            for table in TABLES.sorted_tables if last > seq else ():
+                if table is CLOCK:
+                    continue
+                came = sa.select(table).where(table.c.seq.between(seq + 1, last))
+                if table is DELETED:
+                    came = came.where(table.c.event_seq <= seq)
+                for number, key, *rest in connection.execute(came):
+                    what: Event | Deleted | dict[str, Any]
+                    if table is EVENTS:
+                        what = Event(key, *rest)
+                    elif table is DELETED:
+                        what = Deleted(*rest)
+                    else:
+                        what = json.loads(rest[0])
+                    rows.append((number, what))
         rows.sort(key=lambda row: row[0])
-        return last, [
-            Event(*rest) if len(rest) > 2 else json.loads(rest[1]) for _, *rest in rows
-        ]
+        return last, [what for _, what in rows]
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+
+def _tick(connection: sa.Connection, rows: int) -> int:
+    """The `seq` of the last of so many new rows: waits for other writers, who wait until this one commits."""
+    later = sa.update(CLOCK).values(seq=CLOCK.c.seq + rows).returning(CLOCK.c.seq)
+    return int(connection.execute(later).scalar_one())
 
 
 def _durable(connection: Any, record: Any) -> None:

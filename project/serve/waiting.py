@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from project.serve.store import Event
+from project.serve.store import Deleted, Event
 
 
 class Waiting:
@@ -12,7 +12,8 @@ class Waiting:
         # by item id, in the order in which they came
         self.texts = dict[str, str]()
         self.characters = 0  # of all texts
-        self._held = dict[str, list[Event | dict[str, str]]]()  # by item id
+        # by item id
+        self._held = dict[str, list[Event | Deleted | dict[str, str]]]()
         # by user id: the item that the user's events wait for
         self._item_of = dict[str, str]()
 
@@ -22,9 +23,9 @@ class Waiting:
         self.characters += len(text)
         self._held[item_id] = []
 
-    def hold(self, what: Event | dict[str, str], item_id: str) -> bool:
-        """Hold an item, or an event about it, where it or an earlier event of the user waits."""
-        if isinstance(what, Event):
+    def hold(self, what: Event | Deleted | dict[str, str], item_id: str) -> bool:
+        """Hold an item, an event about it or a deletion, where it or an earlier event of the user waits."""
+        if not isinstance(what, dict):
             item_id = self._item_of.get(what.user_id, item_id)
         if item_id not in self._held:
             return False
@@ -33,9 +34,9 @@ class Waiting:
             self._item_of[what.user_id] = item_id
         return True
 
-    def release(self, texts: Sequence[str]) -> list[Event | dict[str, str]]:
+    def release(self, texts: Sequence[str]) -> list[Event | Deleted | dict[str, str]]:
         """What waited for these texts, which are embedded."""
-        released = list[Event | dict[str, str]]()
+        released = list[Event | Deleted | dict[str, str]]()
         done = set(texts)
         for item_id in [item_id for item_id, text in self.texts.items() if text in done]:
             self.characters -= len(self.texts.pop(item_id))

@@ -185,6 +185,33 @@ def test_new_users_are_answered_as_by_the_walk(
     replay(made, later, walked, without=("text", "text_weight"))
 
 
+@each_retriever
+def test_removed_rows_are_as_if_never_observed(
+    retriever: Retriever, tmp_path: Path
+) -> None:
+    """A user's every row, or every third: everybody's features are those of a log without them, ties and ends too."""
+    rows = make_log(2)
+    split = make_split(rows, by_time(rows))
+    for step in (1, 3):
+        made = indexed(split, retriever, tmp_path)
+        own = rows.filter(user=4)
+        gone = own[::step]["row_id"].to_list()
+        made.remove(4, range(0, own.height, step))
+        left = split.rows.filter(~pl.col("row_id").is_in(gone))
+        features = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF)
+        features.split = replace(split, rows=left)
+        other = features.index()
+        assert other._size == made._size - len(gone)
+        for user in range(NUM_USERS):
+            items = list(range(NUM_ITEMS))
+            found = made.retrieved(user, items, time=END)
+            expected = other.retrieved(user, items, time=END)
+            for name, values in found.columns.items():
+                np.testing.assert_allclose(values, expected.columns[name], atol=1e-6)
+            np.testing.assert_array_equal(found.answer, expected.answer)
+        assert [made.counts(i) for i in items] == [other.counts(i) for i in items]
+
+
 def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
     """Two events that say the same count twice; the rater's text similarity is that of the item's own text, 1."""
     rows = make_log(2)

@@ -201,6 +201,48 @@ def test_a_new_users_events_are_read_for_nobody_else(ranker: Ranker) -> None:
         np.testing.assert_equal(after.features[name], before.features[name])
 
 
+def test_a_deleted_user_is_unknown(
+    ranker: Ranker, served_run: Path, tmp_path: Path
+) -> None:
+    """The log's rows and events, those that wait too: at once, after a restart, and until new events come.
+
+    Other users' scores are those of a server that never read the events; an event alone leaves as well.
+    """
+    store = EventStore(f"sqlite:///{tmp_path}/events.db")
+    store.put_items([{"item_id": "fresh", "title": "a dog in winter", "year": "2001"}])
+    store.add([*EVENTS, Event("f", "u1", "wait", 1, 2003.0)])
+    unknown = RankRequest("nobody", None, ["i3", "i7"])
+    ranker.follow(store)
+    store.add([Event("g", "u1", "a new text", 1, 2004.0)])
+    ranker.follow(store, embed=False)
+    ranker.rank_after_log(AFTER)
+    assert (store.delete("u1"), store.delete(event_id="b")) == (5, 1)
+    restarted = Ranker.load(served_run, audit_share=0.0)
+    restarted.follow(store)
+    for made in (ranker, ranker, restarted):
+        made.follow(store, embed=False)
+        assert (made.knows_user("u1"), made.history_of("u1")) == (False, [])
+        assert "u1" not in made.about["examples"]["users"]
+        assert [row["item_id"] for row in made.history_of("somebody")] == ["no title"]
+        gone, nobody = made.rank_after_log([replace(unknown, user_id="u1"), unknown])
+        np.testing.assert_allclose(gone.probabilities, nobody.probabilities, atol=1e-6)
+        np.testing.assert_equal(gone.features, nobody.features)
+        made.embed(["a new text"])
+    others = [RankRequest(user, None, ["i1", "i7"]) for user in ("u2", "somebody")]
+    found, expected = (made.rank_after_log(others) for made in (ranker, restarted))
+    np.testing.assert_allclose(found[0].logits, expected[0].logits, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        for name, values in one.features.items():
+            np.testing.assert_allclose(values, other.features[name], atol=1e-6)
+    store.add([Event("c", "u1", "i2", 1, 2005.0)])
+    ranker.follow(store)
+    assert [row["item_id"] for row in ranker.history_of("u1")] == ["i2"]
+    now, before = ranker.item("i2"), restarted.item("i2")
+    assert now is not None
+    assert before is not None
+    assert (now["rows"], now["title"]) == (before["rows"] + 1, before["title"])
+
+
 def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
     """A new user's events make the history that a request brings: the same segments but for the others' counts."""
     past = [(f"i{k % 20}", k % 2, 3000.0 + k) for k in range(8)]

@@ -71,3 +71,11 @@ def test_a_refit_has_the_events(
         pl.read_parquet(config.parent / "interactions.parquet").height
         == new.rows.height + 1
     )
+    # what was deleted is left out
+    store.delete("u2")
+    store.delete(event_id="c")
+    left = pl.read_parquet(grown_log(folder, store)[0].parent / "interactions.parquet")
+    users = new.rows.join(new.interactions.users, on="user")["user_id"]
+    assert left.filter(user_id="somebody")["item_id"].to_list() == ["no title"]
+    assert left.filter(user_id="u2").height == 0 < users.eq("u2").sum()
+    assert left.height == new.rows.height - users.eq("u2").sum() - 1 + 1

@@ -134,3 +134,20 @@ def test_writes_of_new_texts_are_bounded(client: Make) -> None:
     assert statuses() == [429, 429, 200]
     backlog.report(time.monotonic(), 0)
     assert backlog.characters() == 0
+
+
+def test_operators_read_and_delete(client: Make) -> None:
+    """A user's rows, once; an event, whose id is free then; an item that nobody knows is an error."""
+    make = client()
+    second = EVENT | {"event_id": "a/b", "item_id": "i1"}
+    make.post("/v1/events", json=[EVENT, second, EVENT | {"user_id": "v", "event_id": "f"}])
+    assert make.delete("/v1/events/a/b").json() == {"events": 1}
+    assert make.delete("/v1/users/u").json() == {"rows": 1, "events": 1}
+    assert make.delete("/v1/users/u").json() == {"rows": 0, "events": 0}
+    assert make.delete("/v1/events/a/b").json() == {"events": 0}
+    assert not make.get("/v1/users/u").json()["known"]
+    assert len(make.get("/v1/users/v").json()["history"]) == 1
+    assert make.post("/v1/events", json=[second | {"label": 0}]).json()["conflict"] == []
+    assert make.get("/v1/items/i1").json()["title"] == "Alien"
+    unknown = make.get("/v1/items/i0")
+    assert (unknown.status_code, "i0" in unknown.json()["error"]) == (404, True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
 from project.errors import ConfigError
-from project.serve.store import Added, Event, EventStore
+from project.serve.store import Added, Deleted, Event, EventStore
 
 EVENTS, ROUNDS = 1000, int(os.environ.get("KILL_ROUNDS", "2"))  # 20 by hand
 
@@ -172,6 +173,28 @@ def test_users_are_as_they_were_put_last(url: str) -> None:
         arrived = store.arrivals(0)[1]
         assert [a for a in arrived if a != {"user_id": "v", "age": 3}] == [one, other, one]
         assert len(arrived) == 4
+
+
+def test_deletions(url: str) -> None:
+    """A user's events and attributes, or one event: gone, and told to whoever may have read them, in order."""
+    with closing(EventStore(url)) as store:
+        store.add([event("a"), event("b"), event("cc"), event("dd", 0)])
+        store.put_users([{"user_id": "u1", "age": 3}])
+        read = store.arrivals(0)[0]
+        assert [store.delete("u1"), store.delete(event_id="cc")] == [2, 1]
+        assert [store.delete("u1"), store.delete(event_id="cc")] == [0, 0]
+        assert store.add([event("a"), event("cc", 0)]) == Added(2, [])  # a correction
+        everything, later = store.arrivals(0)[1], store.arrivals(read)[1]
+        user, one = later[:2]
+        assert isinstance(user, Deleted)
+        assert [user.covers("any", 0, t) for t in (0.0, time.time(), 1e10)] == [1, 1, 0]
+        assert one == Deleted("u2", 1.5, "i1", 1)
+        assert later[3:] == [event("a"), event("cc", 0)]
+        assert [e for e in everything if isinstance(e, Event)] == [
+            *(event("dd", 0), event("a"), event("cc", 0)),
+        ]
+        # of "cc" nobody has read who begins now
+        assert [d.item_id for d in everything if isinstance(d, Deleted)] == [None, None]
 
 
 def test_a_database_from_before_events_had_context_and_rating(url: str) -> None:
