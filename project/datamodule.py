@@ -71,6 +71,7 @@ from project.retrieval import (
     Retriever,
 )
 from project.retrieval.base import failures_named
+from project.retrieval.candidates import CandidateFinder, CandidateSettings
 from project.retrieval.lightgcn import VectorRetriever
 from project.retrieval.online import FeatureIndex, can_be_indexed
 from project.retrieval.rates import ContextRates
@@ -81,6 +82,7 @@ DEFAULT_PROTOCOL = Protocol()
 DEFAULT_PROMPT = Prompt()
 DEFAULT_RETRIEVER = LightGCN(item_neighbours=30)
 DEFAULT_MF = MatrixFactorisation()
+DEFAULT_CANDIDATES = CandidateSettings()
 ITEM_LAYERS = 6  # of the backbone, which embed items' texts
 
 
@@ -107,6 +109,7 @@ class InteractionData(L.LightningDataModule):
         seed: Order and cuts of training windows; set by seed_everything.
         serving_values: Context column -> value that requests have which do not say it, such as {position: 1}: for
             columns that are only known once the page is made.
+        candidates: What recommendations are chosen from: how many items of a user, and of which source.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class InteractionData(L.LightningDataModule):
         bundle: str | None = None,
         seed: int = 0,
         serving_values: dict[str, str | float] | None = None,
+        candidates: CandidateSettings = DEFAULT_CANDIDATES,
     ) -> None:
         super().__init__()
         if not 1 <= context_tokens <= batch_tokens:
@@ -150,6 +154,7 @@ class InteractionData(L.LightningDataModule):
         self.batch_tokens = batch_tokens
         self.refits = refits
         self.serving_values = serving_values
+        self.candidates = candidates
         self.num_workers = num_workers
         self.requests_file = requests
         self.seed = seed
@@ -216,6 +221,11 @@ class InteractionData(L.LightningDataModule):
     def _index(self) -> FeatureIndex:
         """Answers requests that lie after the log, and bring no history, without another walk."""
         return self.features.index()
+
+    def candidate_finder(self, before: float = np.inf) -> CandidateFinder:
+        """Finds candidates as of a second; by default as of now, after the log."""
+        snapshots = self.features.snapshots()
+        return CandidateFinder(self.split, snapshots, self.candidates, before)
 
     def targets(self, split: str) -> pl.DataFrame:
         """The rows of a split that are scored."""

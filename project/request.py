@@ -71,7 +71,7 @@ class RankRequest:
         times = [self.time, *(row.time for row in rows)]
         if self.user_id is None and self.history is None:
             raise DataError("expected either user_id or history, found neither.")
-        if not self.candidates:
+        if not (self.candidates or isinstance(self, RecommendRequest)):
             raise DataError("candidates is empty; expected at least one candidate.")
         for row in rows:
             if row.label not in ((0, 1) if row.rating is None else (0, 1, None)):
@@ -157,6 +157,21 @@ class RankRequest:
                     yield from map(str, column)
 
 
+@dataclass(frozen=True)
+class RecommendRequest(RankRequest):
+    """The best of all items that may be listed: the ranker finds `candidates` of a user, and the `sources` of each."""
+
+    candidates: Sequence[str | Item] = ()
+    # column of the items table -> a value, values one of which it has, or {"min", "max"}
+    filter: Mapping[str, Any] = field(default_factory=dict)
+    allow: Sequence[str] | None = None  # ids of the only items that may be listed
+    deny: Sequence[str] = ()  # ids of items that are not listed
+    # column -> how many items of one value are listed
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    include_answered: bool = False  # items of the history may be listed, too
+    sources: Sequence[str] = ()  # n
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Scores of a request of n candidates, in their order; NaN and layer -1 where it could not be scored."""
@@ -180,6 +195,9 @@ class Scored:
     cached: bool | None = None
     # texts of new items that have to be embedded first: it was not scored yet
     waits_for: Sequence[str] = ()
+    # of a recommendation: n sources of the candidates, and places of the listed, best first
+    sources: Sequence[str] = ()
+    listed: Sequence[int] = ()
     # the inference process adds
     run: str = ""
     full_depth: bool = False  # the drift alarm is on

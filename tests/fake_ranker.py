@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from project.request import Item, RankRequest, Scored
+from project.request import Item, RankRequest, RecommendRequest, Scored
 from project.serve.store import Deleted, Event, EventStore
 from project.serve.waiting import Waiting
 
@@ -93,7 +93,16 @@ class FakeRanker:
     def rank_after_log(
         self, requests: Sequence[RankRequest], embed: bool = True
     ) -> list[Scored]:
-        return [self._one(request) for request in requests]
+        found = list[Scored]()
+        for request in requests:
+            if not isinstance(request, RecommendRequest):
+                found.append(self._one(request))
+                continue
+            self.asked = request
+            scored = self._one(replace(request, candidates=["i1", "i2"]))
+            listed = scored.best_first(request.top_n)
+            found.append(replace(scored, listed=listed, sources=["text", "popular"]))
+        return found
 
     def _one(self, request: RankRequest) -> Scored:
         given = [Item(c) if isinstance(c, str) else c for c in request.candidates]

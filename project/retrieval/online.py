@@ -224,6 +224,15 @@ class FeatureIndex:
             self._past.forget(self.guest)
             self._retriever.forget(self.guest)
 
+    def text_products(self, items: I64, catalogue: pl.DataFrame) -> F64:
+        """(catalogue,) summed cosines of every text of a catalogue, which begins with the log's, with `items` (n,)."""
+        new = self._texts_after(catalogue)
+        there = items[items < self._items.height]
+        added = items[items >= self._items.height] - self._items.height
+        wanted = self._texts[there].sum(axis=0) + new[added].sum(axis=0)  # (1, terms)
+        vector = np.asarray(wanted).ravel()
+        return np.concatenate([(self._texts @ vector)[:-1], new @ vector])
+
     def _code(self, user: int) -> int:
         return user if user < self.guest else self._codes.get(user, self.guest)
 

@@ -21,6 +21,7 @@ import torch
 
 from project.arrays import F64, I64
 from project.data.download import SOURCES
+from project.data.filters import check_columns, marked, passing, spread
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
 from project.data.ragged import Ragged
@@ -44,7 +45,7 @@ from project.exits.policy import Policy
 from project.features import COLUMNS, Retrieved
 from project.loading import open_run
 from project.metrics import probabilities
-from project.request import Item, RankRequest, Scored, id_of
+from project.request import Item, RankRequest, RecommendRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
 from project.run import own_version
@@ -89,6 +90,7 @@ class Ranker:
         # codes of users that the log does not have; the guest's stands for all who are unknown
         self._new_codes = count(self._index.guest + 1)
         self._rates = data.rates
+        self._finder = data.candidate_finder()
         rows = split.rows.filter(answered(split.rows)).select(
             "user", "item", "row_id", "timestamp", "label", "rating"
         )
@@ -221,6 +223,7 @@ class Ranker:
         ]
         if places:
             self._index.remove(user, places)
+            self._finder.forget(user, [history.rows[place] for place in places])
             history.drop(places)
         if not history.rows:
             examples = self.about["examples"]["users"]
@@ -265,6 +268,7 @@ class Ranker:
             )
             self._index.observe(user, item, event.label, time, self._items)
             self._rates.observe(values, code, event.label, self._items)
+            self._finder.observe(item, event.label, event.timestamp)
 
     def _learn(self, items: Iterable[Mapping[str, Any]]) -> None:
         """Give items that are new codes, texts and vectors."""
@@ -394,14 +398,19 @@ class Ranker:
             late = request.deadline is not None and request.deadline < now
             try:
                 asked = own.resolve(request, self._rule)
+                if isinstance(asked, RecommendRequest):
+                    asked = self._with_candidates(asked, own.codes)
                 texts = self._new_texts(catalogue.added[before:])
                 missing = [] if embed or late else self._absent(texts)
-                if not missing:
+                if not asked.candidates:  # nothing may be listed
+                    found[place] = failed(asked, None)
+                elif not missing:
                     resolved[place] = asked, own
                     if late and has_exit_0:
                         unread.update(range(before, len(catalogue.added)))
                     continue
-                found[place] = replace(failed(request, None), waits_for=missing)
+                else:
+                    found[place] = replace(failed(request, None), waits_for=missing)
             except ProjectError as error:
                 found[place] = failed(request, error)
             # or they would be embedded with the others' items
@@ -461,7 +470,44 @@ class Ranker:
                 full_depth=place in whole,
                 cached=kept[place] > 0 if place in kept else None,
             )
+            if isinstance(request, RecommendRequest):
+                found[place] = self._listed(request, found[place])
         return [found[place] for place in range(len(requests))]
+
+    def _with_candidates(
+        self, request: RecommendRequest, codes: Mapping[str, int]
+    ) -> RecommendRequest:
+        """The request with candidates, their sources, of the items that are known here and may be listed."""
+        # 1. what the user answered
+        if request.history is None or request.user_id in self._users:
+            user = self._users.get(request.user_id or "", self._index.guest)
+            past = [row[:2] for row in self._history(user).rows]
+        else:
+            past = [(codes[id_of(r.item)], r.label or 0) for r in request.history]
+        size = self._items.height
+        past = [row for row in past if row[0] < size]
+        # 2. what may be listed: it has room in a prompt, and passes what is asked
+        allowed = self._encoder.least_lengths() <= self._data.context_tokens
+        allowed &= passing(self._items, request.filter)
+        check_columns(self._items, request.at_most, "at_most")
+        if request.allow is not None:
+            allowed &= marked(size, self._codes, request.allow)
+        allowed &= ~marked(size, self._codes, request.deny)
+        if not request.include_answered:
+            allowed[[item for item, _ in past]] = False
+        # 3. the best of it
+        liked = np.array([item for item, label in past if label == 1], np.int64)
+        by_text = self._index.text_products(liked, self._items)
+        found = self._finder.find(past, allowed, by_text)
+        ids = self._items["item_id"].gather(list(found)).to_list()
+        return replace(request, candidates=ids, sources=list(found.values()))
+
+    def _listed(self, request: RecommendRequest, found: Scored) -> Scored:
+        """Scores of a recommendation with its list."""
+        rows = self._items[[self._codes[item_id] for item_id in found.item_ids]]
+        length = request.top_n or len(found.item_ids)
+        listed = spread(found.best_first(), rows, request.at_most, length)
+        return replace(found, sources=request.sources, listed=listed)
 
     def _new_texts(self, items: Sequence[Mapping[str, Any]]) -> list[str]:
         """Texts of a request's new items; `DataError` where they are more than may be embedded for it."""

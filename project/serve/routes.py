@@ -14,7 +14,16 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import (
+    APIRouter,
+    Body,
+    Depends,
+    FastAPI,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+)
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -35,7 +44,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.data.context import CONTEXT, USER, brought
 from project.errors import ProjectError
-from project.request import RankRequest, Scored, check_names
+from project.request import RankRequest, RecommendRequest, Scored, check_names
 from project.serve import shapes
 from project.serve.inference import too_much_text
 from project.serve.settings import ServeSettings
@@ -349,10 +358,30 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 # 1. Scores
 
 
-@router.post("/v1/rank")
+@router.post("/v1/rank", response_model_exclude_none=True)
 async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankResponse:
     """Candidates of a user, best first, with exit layers and the features behind each score."""
-    return shapes.rank_response(await desk.rank(body.request(request.state.id)), body.top_n)
+    found = await desk.rank(body.request(request.state.id))
+    return shapes.rank_response(found, found.best_first(body.top_n))
+
+
+@router.post("/v1/recommend", response_model_exclude_none=True)
+async def recommend(
+    body: shapes.RecommendBody, request: Request, desk: Here
+) -> shapes.RankResponse:
+    """The best of all items that a user has not answered, with the source that found each."""
+    found = await desk.rank(body.request(request.state.id))
+    return shapes.rank_response(found, found.listed)
+
+
+@router.get("/api/recommend/{user_id:path}")
+async def gorse(
+    user_id: shapes.Id, request: Request, desk: Here, n: Annotated[int, Query(ge=1)] = 10
+) -> list[str]:
+    """Gorse's recommendation: ids of items."""
+    asked = RecommendRequest(user_id, None, top_n=n, request_id=request.state.id)
+    found = await desk.rank(asked)
+    return [found.item_ids[place] for place in found.listed]
 
 
 @router.post("/v1/rerank", response_model_exclude_none=True)

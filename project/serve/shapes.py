@@ -32,7 +32,15 @@ from pydantic_core import PydanticCustomError
 
 from project.data.protocol import label_of
 from project.errors import DataError
-from project.request import HistoryRow, Item, RankRequest, Scored, check_names, text_of
+from project.request import (
+    HistoryRow,
+    Item,
+    RankRequest,
+    RecommendRequest,
+    Scored,
+    check_names,
+    text_of,
+)
 from project.serve.settings import ServeSettings
 from project.serve.store import AHEAD, Event
 
@@ -86,6 +94,7 @@ def _at_most(name: str) -> BeforeValidator:
 
 
 T = TypeVar("T")
+R = TypeVar("R", bound=RankRequest)
 Listed = Annotated[list[T], _at_most("max_candidates")]
 Text = Annotated[str, AfterValidator(_storable)]
 Column = Annotated[Text, BeforeValidator(_column)]
@@ -175,12 +184,11 @@ class Options(BaseModel):
         )
 
 
-class RankBody(Options):
-    """Score candidates for a user, or for somebody with a history of their own. An unknown key is an error."""
+class AskingBody(Options):
+    """A user, or somebody with a history of their own. An unknown key is an error."""
 
     user_id: Id | None = None
     history: Annotated[list[HistoryRowBody], _at_most("max_history_rows")] | None = None
-    candidates: Listed[Candidate] = Field(min_length=1)
     context: dict[str, Any] | None = Field(
         None, description="Context of all candidates: columns that the run's log has."
     )
@@ -197,27 +205,76 @@ class RankBody(Options):
         return body
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> RankBody:
+    def _one_of_both(self) -> Self:
         if (self.user_id is None) == (self.history is None):
             raise ValueError("expected either user_id or history")
         return self
 
-    def request(self, name: str) -> RankRequest:
-        """For the queue."""
+    def _asked(
+        self, kind: type[R], candidates: Sequence[str | Item], name: str, **more: Any
+    ) -> R:
         rows = self.history
-        return RankRequest(
+        return kind(
             self.user_id,
             None
             if rows is None
             else [HistoryRow(r.item(), r.label, r.time, r.rating) for r in rows],
-            [c if isinstance(c, str) else c.item() for c in self.candidates],
+            candidates,
             self.deadline,
             self.top_n,
             self.exhaustive,
             self.context,
             self.user,
             request_id=name,
+            **more,
         )
+
+
+class RankBody(AskingBody):
+    """Score candidates."""
+
+    candidates: Listed[Candidate] = Field(min_length=1)
+
+    def request(self, name: str) -> RankRequest:
+        """For the queue."""
+        items = [c if isinstance(c, str) else c.item() for c in self.candidates]
+        return self._asked(RankRequest, items, name)
+
+
+Texts = Annotated[Listed[Column], Field(min_length=1)]
+
+
+class Between(BaseModel, extra="forbid"):
+    """A number of a column of the items table, the bounds included."""
+
+    min: Finite | None = None
+    max: Finite | None = None
+
+
+def _listed(value: object) -> object:
+    return value if isinstance(value, dict | list) else [value]
+
+
+class RecommendBody(AskingBody):
+    """List the best of all items that are not answered and pass."""
+
+    top_n: int = Field(10, ge=1)
+    filter: dict[Text, Annotated[Between | Texts, BeforeValidator(_listed)]] = Field(
+        {},
+        description='By column: a value, a list of which it has one, or {"min": 1, "max": 2}.',
+    )
+    allow: Listed[Id] | None = Field(None, description="Only these may be listed.")
+    deny: Listed[Id] = Field([], description="These are not listed.")
+    at_most: dict[Text, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="By column: how many items of one value are listed."
+    )
+    include_answered: bool = False
+
+    def request(self, name: str) -> RecommendRequest:
+        """For the queue."""
+        names = {"filter", "allow", "deny", "at_most", "include_answered"}
+        more = self.model_dump(include=names)
+        return self._asked(RecommendRequest, (), name, **more)
 
 
 class Queried(Options):
@@ -298,6 +355,7 @@ class RankedItem(BaseModel):
     probability: float
     exit_layer: int
     why: dict[str, float]
+    source: str | None = Field(None, description="Of a recommendation: what found it.")
 
 
 class RankResponse(BaseModel):
@@ -340,8 +398,8 @@ class TeiResult(BaseModel):
     text: str | None = None
 
 
-def rank_response(found: Scored, top_n: int | None) -> RankResponse:
-    """Our own."""
+def rank_response(found: Scored, places: Sequence[int]) -> RankResponse:
+    """Our own, of the candidates at these places."""
     chance = found.probabilities.tolist()
     layer = found.exit_layers.tolist()
     columns = {name: values.tolist() for name, values in found.features.items()}
@@ -352,13 +410,14 @@ def rank_response(found: Scored, top_n: int | None) -> RankResponse:
             title=found.titles[k],
             probability=chance[k],
             exit_layer=layer[k],
+            source=found.sources[k] if found.sources else None,
             why={
                 name: values[k]
                 for name, values in columns.items()
                 if values[k] == values[k]
             },
         )
-        for k in found.best_first(top_n)
+        for k in places
     ]
     return RankResponse(
         id=found.request_id,

@@ -81,6 +81,7 @@ def client(tmp_path: Path) -> Make:
             return served.answer([payload])[0]
 
         app, store = FastAPI(), EventStore(given.db)
+        app.state.ranker = served._ranker
         backlog = Backlog(given.max_waiting_characters)
         metrics = Metrics(lambda: 0, backlog.characters)
         add_routes(app, Desk(ask, lambda: True, given, store, rule, backlog, metrics))
