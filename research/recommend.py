@@ -1,0 +1,261 @@
+"""Whether a run finds what its users will like: `python -m research.recommend RUN OUT.json`.
+
+Users of test are frozen before its first second. Truth are the items of test that a user liked and had not answered.
+Candidates as `data.candidates` says, ranked at full depth, by exit 0 and by lists of the best 10, beside each source
+alone: NDCG@10 and recall@10, paired, users resampled; recall of the 100 candidates, of items with and without a row
+before. Then seconds of `recommend` for users who ask together, and of the exact product over a million drawn items.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from project.arrays import F64, Bool
+from project.data.protocol import answered, known_at
+from project.data.requests import Requests
+from project.datamodule import InteractionData
+from project.engine.engine import score_every_head
+from project.engine.predict import Run
+from project.engine.requests import prepare_requests
+from project.errors import ConfigError
+from project.evaluation.bootstrap import UserBootstrap
+from project.loading import open_run
+from project.request import RankRequest, RecommendRequest
+from project.retrieval.candidates import (
+    SHARES,
+    CandidateFinder,
+    CandidateSettings,
+    best,
+)
+from project.retrieval.own_text import item_vectors
+from project.run import result_head, write_json
+from project.serve.ranker import Ranker
+
+FIRST = 10
+CANDIDATES = 100
+TOGETHER = (1, 8, 32)
+ROUNDS = 3
+CATALOGUE = 1_000_000
+DIM = 64
+ABOUT = (
+    "Users of test, frozen before its first second; truth: items of test that they liked and had not answered. Ranked: "
+    "the candidates of all sources by exit 0, at full depth and by lists of the best 10. Alone: the best 10 of one "
+    "source. Differences are full depth minus the row, paired, users resampled, 95 %."
+)
+
+
+@dataclass
+class Frozen:
+    """The users of a part before its first second."""
+
+    before: float
+    pasts: dict[
+        int, list[tuple[int, int]]
+    ]  # items and labels; users without any are in it, too
+    truth: dict[int, set[int]]
+    known: Bool  # (items,) has a row before
+
+
+def frozen(data: InteractionData, part: str) -> Frozen:
+    """Users of `part` with a truth; the split is by time, or rows before would be of test."""
+    rows = data.split.rows.filter(answered(data.split.rows))
+    of = rows.filter(pl.col("split") == part)
+    before = float(of["timestamp"].min())  # type: ignore[arg-type]
+    past = rows.filter(known_at(rows) < before)
+    if part == "test" and past.height + of.height < rows.height:
+        raise ConfigError(
+            "data.protocol.split: test does not lie after everything; expected global_time."
+        )
+    liked = of.filter(pl.col("label") == 1).unique(["user", "item"])
+    liked = liked.join(
+        past.select("user", "item").unique(), on=["user", "item"], how="anti"
+    )
+    truth = dict[int, set[int]]()
+    for user, item in liked.select("user", "item").sort("user", "item").iter_rows():
+        truth.setdefault(user, set()).add(item)
+    pasts: dict[int, list[tuple[int, int]]] = {user: [] for user in truth}
+    for user, item, label in past.select("user", "item", "label").iter_rows():
+        if user in pasts:
+            pasts[user].append((item, label))
+    known = np.zeros(data.split.interactions.items.height, np.bool_)
+    known[past["item"].unique().to_numpy()] = True
+    return Frozen(before, pasts, truth, known)
+
+
+def found_by(
+    data: InteractionData, at: Frozen, texts: Any, shares: dict[str, float]
+) -> dict[int, dict[int, str]]:
+    """Candidates and their sources by user."""
+    settings = CandidateSettings(CANDIDATES, shares)
+    snapshots = data.features.snapshots()
+    finder = CandidateFinder(data.split, snapshots, settings, at.before)
+    found = {}
+    for user, past in at.pasts.items():
+        allowed = np.ones(at.known.size, np.bool_)
+        allowed[[item for item, _ in past]] = False
+        liked = [item for item, label in past if label == 1]
+        by_text = texts @ np.asarray(texts[liked].sum(axis=0)).ravel()
+        found[user] = finder.find(past, allowed, by_text)
+    return found
+
+
+def recalls(found: dict[int, dict[int, str]], at: Frozen) -> dict[str, Any]:
+    """Mean share of a user's truth among the candidates, over users with such items; and how many these are."""
+    shares: dict[str, list[float]] = {
+        name: [] for name in ("all", "known", "new", "users_with_history")
+    }
+    for user, truth in at.truth.items():
+        known = [item for item in truth if at.known[item]]
+        parts = {"all": [*truth], "known": known, "new": [*truth - {*known}]}
+        if at.pasts[user]:
+            parts["users_with_history"] = [*truth]
+        for name, items in parts.items():
+            if items:
+                hits = [item in found[user] for item in items]
+                shares[name].append(float(np.mean(hits)))
+    return {
+        name: {"value": float(np.mean(of)) if of else None, "users": len(of)}
+        for name, of in shares.items()
+    }
+
+
+def quality(lists: dict[int, list[int]], at: Frozen) -> dict[str, F64]:
+    """NDCG@10 and recall@10 of each user, in the order of `at.truth`."""
+    gains = 1 / np.log2(np.arange(2, FIRST + 2))
+    ndcg, share = list[float](), list[float]()
+    for user, truth in at.truth.items():
+        hits = np.array([item in truth for item in lists[user][:FIRST]], float)
+        ndcg.append(float(hits @ gains[: hits.size] / gains[: len(truth)].sum()))
+        share.append(float(hits.sum() / len(truth)))
+    return {"ndcg": np.array(ndcg), "recall": np.array(share)}
+
+
+def ranked(
+    run: Run, at: Frozen, found: dict[int, dict[int, str]]
+) -> dict[str, dict[int, list[int]]]:
+    """The best 10 of the candidates by way of ranking and user."""
+    log = run.data.split.interactions
+    ids = log.items["item_id"].to_list()
+    names = log.users["user_id"].to_list()
+    requests = [
+        RankRequest(
+            names[user],
+            None,
+            [ids[item] for item in items],
+            top_n=FIRST,
+            time=at.before,
+            request_id=str(user),
+        )
+        for user, items in found.items()
+    ]
+    codes = dict(log.items.select("item_id", "item").iter_rows())
+    prepared = prepare_requests(run.model, run.data, Requests(requests, log.items, codes))
+    deepest = f"logit_{run.model.exit_layers[-1]}"
+    table = score_every_head(run.model.eval(), prepared)
+    lists = dict[str, dict[int, list[int]]]()
+    for name, column in (("exit 0", "logit_0"), ("full depth", deepest)):
+        lists[name] = {}
+        for (user,), own in table.group_by("request_id", maintain_order=True):
+            order = np.argsort(-own[column].to_numpy(), kind="stable")[:FIRST]
+            items = list(found[int(user)])  # type: ignore[call-overload]
+            lists[name][int(user)] = [items[k] for k in order]  # type: ignore[call-overload]
+    lists["lists"] = {}
+    for request, one in zip(requests, run.engine.score(prepared), strict=True):
+        items = list(found[int(request.request_id)])
+        lists["lists"][int(request.request_id)] = [items[k] for k in one.best_first(FIRST)]
+    return lists
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Median of a few calls, after one that is not counted."""
+    call()
+    taken = list[float]()
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def timed(folder: Path, data: InteractionData) -> list[dict[str, Any]]:
+    """Seconds of `recommend` by how many users ask together, each for the first time; of their candidates alone."""
+    ranker = Ranker.load(folder, cache_mib=0, audit_share=0.0)
+    users = data.split.interactions.users["user_id"].tail(max(TOGETHER)).to_list()
+    rows = []
+    for count in TOGETHER:
+        asked = [RecommendRequest(user, None, top_n=FIRST) for user in users[:count]]
+        made = [replace(one) for one in asked]
+
+        def candidates(requests: list[RecommendRequest] = made) -> None:
+            for request in requests:
+                ranker._with_candidates(request, ranker._codes)
+
+        rows.append(
+            {
+                "users": count,
+                "seconds": seconds_of(lambda asked=asked: ranker.rank_after_log(asked)),  # type: ignore[misc]
+                "seconds_candidates": seconds_of(candidates),
+            }
+        )
+    return rows
+
+
+def million() -> dict[str, Any]:
+    """The exact product over vectors that are drawn, and its best 100, one user at a time."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((CATALOGUE, DIM), np.float32)
+    user = rng.standard_normal(DIM, np.float32)
+    allowed = np.ones(CATALOGUE, np.bool_)
+    found = seconds_of(lambda: best((vectors @ user).astype(np.float64), allowed, 100))
+    return {"items": CATALOGUE, "dim": DIM, "seconds": found}
+
+
+def study(folder: Path, out: Path) -> None:
+    """Write everything."""
+    run = open_run(folder)
+    data = run.data
+    texts = item_vectors(data.split.interactions.items, data.split.interactions.items)[:-1]
+    rows, recalled = list[dict[str, Any]](), list[dict[str, Any]]()
+    for part in ("valid", "test"):
+        at = frozen(data, part)
+        bootstrap = UserBootstrap(np.array(list(at.truth)))
+        ways = {"all": data.candidates.shares} | {name: {name: 1.0} for name in SHARES}
+        found = {name: found_by(data, at, texts, shares) for name, shares in ways.items()}
+        # 1. candidates
+        for name, of in found.items():
+            recalled.append({"split": part, "source": name, **recalls(of, at)})
+        if part == "valid":  # shares were chosen on it
+            continue
+        # 2. lists
+        lists = ranked(run, at, found["all"])
+        lists |= {
+            f"{name} alone": {u: list(v) for u, v in found[name].items()} for name in SHARES
+        }
+        users = np.array([bool(at.pasts[user]) for user in at.truth])
+        made = {name: quality(of, at) for name, of in lists.items()}
+        for name, of in made.items():
+            row: dict[str, Any] = {"ranked": name, "users": users.size}
+            for metric, values in of.items():
+                gap = made["full depth"][metric] - values
+                row[metric] = float(values.mean())
+                row[f"{metric}_with_history"] = float(values[users].mean())
+                row[f"{metric}_full_depth_minus"] = bootstrap.ratio_interval(
+                    gap, np.ones(gap.size)
+                )
+            rows.append(row)
+    head = result_head("study", data.split.manifest, str(folder / "config.yaml"), data.seed)
+    times = timed(folder, data)
+    result = head | {"rows": rows, "recall_100": recalled, "recommend": times}
+    write_json(out, result | {"catalogue": million(), "about": ABOUT})
+
+
+if __name__ == "__main__":
+    study(Path(sys.argv[1]), Path(sys.argv[2]))
