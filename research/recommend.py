@@ -101,9 +101,9 @@ def found_by(
     for user, past in at.pasts.items():
         allowed = np.ones(at.known.size, np.bool_)
         allowed[[item for item, _ in past]] = False
-        liked = [item for item, label in past if label == 1]
-        by_text = texts @ np.asarray(texts[liked].sum(axis=0)).ravel()
-        found[user] = finder.find(past, allowed, by_text)
+        items, labels = np.array(past, np.int64).reshape(-1, 2).T
+        by_text = texts @ np.asarray(texts[items[labels == 1]].sum(axis=0)).ravel()
+        found[user] = finder.find(items, labels, allowed, by_text)
     return found
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from project.arrays import Bool
@@ -52,28 +52,18 @@ def _condition(name: str, value: Any) -> pl.Expr:
 
 
 def spread(
-    order: Iterable[int], items: pl.DataFrame, at_most: Mapping[str, int], length: int
+    order: Iterable[int], items: pl.DataFrame, at_most: Mapping[str, int]
 ) -> list[int]:
-    """The first `length` places of an order, at most so many of which have one value of a column.
+    """The places of an order, but for those with a value of a column that so many places had before.
 
     Place k is row k of `items`. An empty value is no value.
     """
     values = {name: items[name].to_list() for name in at_most}
-    counts = dict[tuple[str, str], int]()
+    counts = Counter[tuple[str, str]]()
     found = list[int]()
     for place in order:
         own = [(name, of[place]) for name, of in values.items() if of[place]]
-        if all(counts.get(one, 0) < at_most[one[0]] for one in own):
+        if all(counts[one] < at_most[one[0]] for one in own):
             found.append(place)
-            for one in own:
-                counts[one] = counts.get(one, 0) + 1
-        if len(found) == length:
-            break
-    return found
-
-
-def marked(size: int, codes: Mapping[str, int], item_ids: Sequence[str]) -> Bool:
-    """(size,) which items these ids name; one that is not known names none."""
-    found = np.zeros(size, np.bool_)
-    found[[codes[item_id] for item_id in item_ids if item_id in codes]] = True
+            counts.update(own)
     return found

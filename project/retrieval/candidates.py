@@ -119,23 +119,19 @@ class CandidateFinder:
 
     def observe(self, item: int, label: int, seconds: float) -> None:
         """Count an event among the likes of late."""
-        if item >= self._popular.size:
-            self._popular = _padded(self._popular, item + 1, 0.0)
+        self._popular = _padded(self._popular, item + 1, 0.0)
         self._popular[item] += label * self._weight(np.array(seconds))
 
-    def find(
-        self, past: Sequence[tuple[int, int]], allowed: Bool, by_text: F64
-    ) -> dict[int, str]:
+    def find(self, items: I64, labels: I64, allowed: Bool, by_text: F64) -> dict[int, str]:
         """Candidates and the source of each, best first; fewer than `settings.number` where no more are allowed.
 
         Args:
-            past: The user's items and labels.
-            allowed: (items,) which of all items may be listed.
-            by_text: (items,) summed cosines of every item's text with those of liked items.
+            items: (m,) what the user answered.
+            labels: (m,)
+            allowed: (n,) which of all items may be listed.
+            by_text: (n,) summed cosines of every item's text with those of liked items.
         """
         size = allowed.size
-        items = np.array([item for item, _ in past], np.int64)
-        labels = np.array([label for _, label in past], np.int64)
         known = items < self._likes.shape[1]
         scores = {
             "light_gcn": self._by_vectors(items[known], labels[known]),

@@ -21,7 +21,7 @@ import torch
 
 from project.arrays import F64, I64
 from project.data.download import SOURCES
-from project.data.filters import check_columns, marked, passing, spread
+from project.data.filters import check_columns, passing, spread
 from project.data.prompt import PromptEncoder
 from project.data.protocol import answered
 from project.data.ragged import Ragged
@@ -484,29 +484,31 @@ class Ranker:
             past = [row[:2] for row in self._history(user).rows]
         else:
             past = [(codes[id_of(r.item)], r.label or 0) for r in request.history]
-        size = self._items.height
-        past = [row for row in past if row[0] < size]
+        # (m,) items, but for new ones that the request brings, and labels
+        items, labels = np.array(past, np.int64).reshape(-1, 2).T
+        known = items < self._items.height
+        items = items[known]
+        labels = labels[known]
         # 2. what may be listed: it has room in a prompt, and passes what is asked
         allowed = self._encoder.least_lengths() <= self._data.context_tokens
         allowed &= passing(self._items, request.filter)
         check_columns(self._items, request.at_most, "at_most")
+        ids = self._items["item_id"]
         if request.allow is not None:
-            allowed &= marked(size, self._codes, request.allow)
-        allowed &= ~marked(size, self._codes, request.deny)
+            allowed &= ids.is_in(request.allow).to_numpy()
+        allowed &= ~ids.is_in(request.deny).to_numpy()
         if not request.include_answered:
-            allowed[[item for item, _ in past]] = False
+            allowed[items] = False
         # 3. the best of it
-        liked = np.array([item for item, label in past if label == 1], np.int64)
-        by_text = self._index.text_products(liked, self._items)
-        found = self._finder.find(past, allowed, by_text)
-        ids = self._items["item_id"].gather(list(found)).to_list()
-        return replace(request, candidates=ids, sources=list(found.values()))
+        by_text = self._index.text_products(items[labels == 1], self._items)
+        found = self._finder.find(items, labels, allowed, by_text)
+        candidates = ids.gather(list(found)).to_list()
+        return replace(request, candidates=candidates, sources=list(found.values()))
 
     def _listed(self, request: RecommendRequest, found: Scored) -> Scored:
         """Scores of a recommendation with its list."""
         rows = self._items[[self._codes[item_id] for item_id in found.item_ids]]
-        length = request.top_n or len(found.item_ids)
-        listed = spread(found.best_first(), rows, request.at_most, length)
+        listed = spread(found.best_first(), rows, request.at_most)[: request.top_n]
         return replace(found, sources=request.sources, listed=listed)
 
     def _new_texts(self, items: Sequence[Mapping[str, Any]]) -> list[str]:

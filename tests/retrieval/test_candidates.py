@@ -11,7 +11,7 @@ from example_logs import CUTS, NUM_ITEMS, by_time, make_log, make_split
 from hypothesis import given
 from hypothesis import strategies as st
 
-from project.data.filters import marked, passing, spread
+from project.data.filters import passing, spread
 from project.errors import ConfigError
 from project.retrieval.candidates import (
     CandidateFinder,
@@ -47,6 +47,11 @@ def finder(source: str, rows: list[tuple[Any, ...]], number: int = 9) -> Candida
     return CandidateFinder(make_split(table, by_time(table)), snapshots, settings)
 
 
+def answers(*past: tuple[int, int]) -> Any:
+    """Items and labels."""
+    return np.array(past, np.int64).reshape(-1, 2).T
+
+
 LOG = [
     *((0, 0, 0.0, 1), (0, 1, 1.0, 1), (0, 4, 2.0, 0)),
     *((1, 0, 3.0, 1), (1, 1, 4.0, 1), (1, 2, 5.0, 1)),
@@ -56,12 +61,12 @@ LOG = [
 
 def test_similar_by_hand() -> None:
     """Of item 0 (users 0, 1): item 1 (0, 1, 2) has 2 / sqrt(6) = .82, item 2 (1) has 1 / sqrt(2) = .71, others 0."""
-    found = finder("similar", LOG).find([(0, 1), (4, 0)], ALL, NO_TEXT)
+    found = finder("similar", LOG).find(*answers((0, 1), (4, 0)), ALL, NO_TEXT)
     assert list(found) == [0, 1, 2]  # item 0 itself has 1
     without = ALL.copy()
     without[0] = False
-    assert list(finder("similar", LOG).find([(0, 1)], without, NO_TEXT)) == [1, 2]
-    assert finder("similar", LOG).find([(4, 0)], ALL, NO_TEXT) == {}
+    assert list(finder("similar", LOG).find(*answers((0, 1)), without, NO_TEXT)) == [1, 2]
+    assert finder("similar", LOG).find(*answers((4, 0)), ALL, NO_TEXT) == {}
 
 
 def test_light_gcn_by_hand() -> None:
@@ -70,10 +75,14 @@ def test_light_gcn_by_hand() -> None:
     Item 3 disliked alone is -.5 (-1, 0), the same direction; a vector of nothing finds nothing.
     """
     made = finder("light_gcn", LOG)
-    for past in ([(0, 1)], [(3, 0)]):
-        assert list(made.find(past, ALL, NO_TEXT)) == [0, 1, 2, 3]
-    assert list(made.find([(3, 1)], ALL, NO_TEXT)) == [3, 2, 1, 0]
-    assert made.find([(7, 1)], ALL, NO_TEXT) == made.find([], ALL, NO_TEXT) == {}
+    for past in ((0, 1), (3, 0)):
+        assert list(made.find(*answers(past), ALL, NO_TEXT)) == [0, 1, 2, 3]
+    assert list(made.find(*answers((3, 1)), ALL, NO_TEXT)) == [3, 2, 1, 0]
+    assert (
+        made.find(*answers((7, 1)), ALL, NO_TEXT)
+        == made.find(*answers(), ALL, NO_TEXT)
+        == {}
+    )
 
 
 def test_popular_of_late() -> None:
@@ -82,11 +91,11 @@ def test_popular_of_late() -> None:
     Item 0: .63. An event of a like counts, on a new item, too: at 60 s 1.9; of a dislike it does not.
     """
     made = finder("popular", LOG, number=3)
-    assert list(made.find([], ALL, NO_TEXT)) == [1, 5, 0]
+    assert list(made.find(*answers(), ALL, NO_TEXT)) == [1, 5, 0]
     more = np.ones(NUM_ITEMS + 1, np.bool_)
     for label in (0, 1):
         made.observe(NUM_ITEMS, label, 60.0)
-        first = next(iter(made.find([], more, np.zeros(NUM_ITEMS + 1))))
+        first = next(iter(made.find(*answers(), more, np.zeros(NUM_ITEMS + 1))))
         assert first == (NUM_ITEMS if label else 1)
 
 
@@ -94,7 +103,7 @@ def test_a_new_item_comes_by_its_text() -> None:
     """It has no row, no vector and no like."""
     by_text = np.zeros(NUM_ITEMS + 2)
     by_text[NUM_ITEMS + 1] = 0.1
-    found = finder("text", LOG).find([(0, 1)], by_text >= 0, by_text)
+    found = finder("text", LOG).find(*answers((0, 1)), by_text >= 0, by_text)
     assert found == {NUM_ITEMS + 1: "text"}
 
 
@@ -105,7 +114,7 @@ def test_deleted_likes_count_no_more() -> None:
         made.observe(6, 1, 50.0)
         made.forget(1, [(0, 1, 3.0), (1, 1, 4.0), (2, 1, 5.0)])
         made.forget(99, [(6, 1, 50.0)])
-        found = made.find([(1, 1)], ALL, NO_TEXT)
+        found = made.find(*answers((1, 1)), ALL, NO_TEXT)
         assert [*found][:4] == ([1, 3, 5, 0] if source == "similar" else [5, 1, 3, 0])
 
 
@@ -122,7 +131,7 @@ def test_what_lies_ahead_is_not_read() -> None:
             CandidateSettings(5),
             before=30.0,
         )
-        found.append(made.find([(0, 1), (3, 0)], ALL, NO_TEXT))
+        found.append(made.find(*answers((0, 1), (3, 0)), ALL, NO_TEXT))
     assert found[0] == found[1]
     assert set(found[0].values()) == {"light_gcn", "similar", "popular"}
 
@@ -173,11 +182,10 @@ def test_filters(wanted: dict[str, Any], expected: str) -> None:
     assert "".join(kept) == expected
 
 
-def test_spread_and_marked() -> None:
-    """At most one of a value, and the next ones move up; an empty value is no value; an unknown id marks nothing."""
+def test_spread() -> None:
+    """At most one of a value, and the next ones move up; an empty value is no value."""
     items = ITEMS[[0, 0, 2, 2, 3]]
-    assert spread([4, 1, 0, 2, 3], items, {"genres": 1}, 4) == [4, 1, 2, 3]
-    assert marked(4, {"a": 0, "d": 3}, ["d", "x"]).tolist() == [False, False, False, True]
+    assert spread([4, 1, 0, 2, 3], items, {"genres": 1}) == [4, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
