@@ -16,7 +16,6 @@ from project.errors import ConfigError
 from project.retrieval.candidates import (
     CandidateFinder,
     CandidateSettings,
-    best,
     merged,
 )
 from project.retrieval.walk import Snapshots
@@ -99,14 +98,6 @@ def test_popular_of_late() -> None:
         assert first == (NUM_ITEMS if label else 1)
 
 
-def test_a_new_item_comes_by_its_text() -> None:
-    """It has no row, no vector and no like."""
-    by_text = np.zeros(NUM_ITEMS + 2)
-    by_text[NUM_ITEMS + 1] = 0.1
-    found = finder("text", LOG).find(*answers((0, 1)), by_text >= 0, by_text)
-    assert found == {NUM_ITEMS + 1: "text"}
-
-
 def test_deleted_likes_count_no_more() -> None:
     """Of user 1: nobody likes item 2 with item 1 any more, and .67 of item 1 is left. How many liked an item stays."""
     for source in ("similar", "popular"):
@@ -153,15 +144,6 @@ def test_turns(ranked: dict[str, list[int]], number: int, random: Any) -> None:
     for name, share in shares.items():
         exact = number * share / sum(shares.values())
         assert abs(counts.count(name) - exact) < len(shares)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 9))
-def test_best_of_ties(scores: list[int], number: int) -> None:
-    """As a stable sort, whatever is left out."""
-    values = np.array(scores, np.float64)
-    allowed = values != 1
-    order = sorted(np.flatnonzero(allowed), key=lambda code: (-values[code], code))
-    assert best(values, allowed, number).tolist() == order[:number]
 
 
 @pytest.mark.parametrize(
