@@ -249,8 +249,9 @@ class ProjectTrainer(L.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         engine: Literal["packed", "early_exit", "ray"] = "packed",
+        recommend: int | None = None,
     ) -> Any:
-        """Score the requests of data.requests.
+        """Score the requests of data.requests, or recommend.
 
         Args:
             model: The run's model.
@@ -263,7 +264,17 @@ class ProjectTrainer(L.Trainer):
                 candidates leave where the run's exit plan says so and writes the score they left with; ray is
                 early_exit by actors, as many as the trainer has devices, a file for each part of the users; it needs
                 the extra `ray`.
+            recommend: Write the best so many items for every user of the log, as the server lists them, to
+                scores/recommendations.parquet, instead of scoring requests; needs the extra `serve`.
         """
+        if recommend is not None:
+            # imported here: it needs an extra
+            from project.serve.recommend import write_recommendations
+
+            assert model is not None
+            assert datamodule is not None
+            write_recommendations(self, model, datamodule, ckpt_path, recommend)
+            return None
         if engine == "packed":
             return super().predict(
                 model,

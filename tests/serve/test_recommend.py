@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from fastapi.testclient import TestClient
+from world import given
 
 from project.request import HistoryRow, Item, RankRequest, RecommendRequest
 from project.serve.inference import Served
@@ -106,6 +108,19 @@ def test_an_item_too_long_for_a_prompt_costs_nobody(ranker: Ranker) -> None:
     ranker.observe([], [{"item_id": "long", "title": "long " * 400}])
     (found,) = ranker.rank_after_log([RecommendRequest("u1", None, include_answered=True)])
     assert (found.error, len(found.item_ids)) == (None, 20)
+
+
+def test_predict_recommends_as_the_server_does(
+    ranker: Ranker, served_run: Path, run: Callable[..., None]
+) -> None:
+    """For every user of the log; a row an item, and no request file is needed."""
+    run("predict", *given(served_run), "--recommend", 3)
+    table = pl.read_parquet(served_run / "scores" / "recommendations.parquet")
+    for (user,), own in table.group_by("user_id"):
+        (found,) = ranker.rank_after_log([RecommendRequest(str(user), None, top_n=3)])
+        assert own["item_id"].to_list() == [found.item_ids[k] for k in found.listed]
+        assert own["source"].to_list() == [found.sources[k] for k in found.listed]
+    assert table["user_id"].n_unique() == 30
 
 
 def test_routes(client: Callable[..., TestClient]) -> None:
