@@ -226,7 +226,7 @@ def study(folder: Path, out: Path) -> None:
     rows, recalled = list[dict[str, Any]](), list[dict[str, Any]]()
     for part in ("valid", "test"):
         at = frozen(data, part)
-        bootstrap = UserBootstrap(np.array(list(at.truth)))
+        named = np.array(list(at.truth))
         ways = {"all": data.candidates.shares} | {name: {name: 1.0} for name in SHARES}
         found = {name: found_by(data, at, texts, shares) for name, shares in ways.items()}
         # 1. candidates
@@ -242,14 +242,20 @@ def study(folder: Path, out: Path) -> None:
         users = np.array([bool(at.pasts[user]) for user in at.truth])
         made = {name: quality(of, at) for name, of in lists.items()}
         for name, of in made.items():
-            row: dict[str, Any] = {"ranked": name, "users": users.size}
+            row: dict[str, Any] = {
+                "ranked": name,
+                "users": users.size,
+                "with_history": int(users.sum()),
+            }
             for metric, values in of.items():
                 gap = made["full depth"][metric] - values
-                row[metric] = float(values.mean())
-                row[f"{metric}_with_history"] = float(values[users].mean())
-                row[f"{metric}_full_depth_minus"] = bootstrap.ratio_interval(
-                    gap, np.ones(gap.size)
-                )
+                for which, of_them in (("", users | True), ("_with_history", users)):
+                    # the same draws for every row, so that differences are paired
+                    bootstrap = UserBootstrap(named[of_them])
+                    row[f"{metric}{which}"] = float(values[of_them].mean())
+                    row[f"{metric}{which}_full_depth_minus"] = bootstrap.ratio_interval(
+                        gap[of_them], np.ones(of_them.sum())
+                    )
             rows.append(row)
     head = result_head("study", data.split.manifest, str(folder / "config.yaml"), data.seed)
     times = timed(folder, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from project.serve.inference import Served
 from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
 from project.serve.store import Event
+from research import recommend as study
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +123,25 @@ def test_predict_recommends_as_the_server_does(
         assert own["item_id"].to_list() == [found.item_ids[k] for k in found.listed]
         assert own["source"].to_list() == [found.sources[k] for k in found.listed]
     assert table["user_id"].n_unique() == 30
+
+
+def test_the_study(
+    served_run: Path,
+    session_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs. By hand: of {1, 2} and {3, 4} liked, 2 (new) and 3, 4 are found, so (.5 + 1) / 2; of known 0 and 1."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    monkeypatch.setattr(study, "CATALOGUE", 1000)
+    study.study(served_run, tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["rows"]) == 7
+    known = np.array([1, 1, 0, 1, 1], np.bool_)
+    at = study.Frozen(9.0, {1: [], 2: [(0, 1)]}, {1: {1, 2}, 2: {3, 4}}, known)
+    found = study.recalls({1: {2: "text"}, 2: {4: "text", 3: "text"}}, at)
+    assert [found[name]["value"] for name in ("all", "known", "new")] == [0.75, 0.5, 1.0]
+    assert found["users_with_history"] == {"value": 1.0, "users": 1}
 
 
 def test_routes(client: Callable[..., TestClient]) -> None:
