@@ -33,7 +33,9 @@ NO_TEXT = np.zeros(NUM_ITEMS)
 ALL = np.ones(NUM_ITEMS, np.bool_)
 
 
-def finder(source: str, rows: list[tuple[Any, ...]], number: int = 9) -> CandidateFinder:
+def finder(
+    source: str, rows: list[tuple[Any, ...]], number: int = 9, before: float = 99.0
+) -> CandidateFinder:
     """One source alone, of a log of rows (user, item, seconds, label); vectors are those of one fit at 20 s."""
     names = ("user", "item", "timestamp", "label")
     kinds = {"user": pl.Int32, "item": pl.Int32, "timestamp": pl.Float64, "label": pl.Int8}
@@ -43,7 +45,8 @@ def finder(source: str, rows: list[tuple[Any, ...]], number: int = 9) -> Candida
     weighted[:4] = [[1, 0], [0.5, 0.5], [0, 1], [-1, 0]]
     snapshots = Snapshots(CUTS[:1], [{"weighted": weighted}])
     settings = CandidateSettings(number, {source: 1.0})
-    return CandidateFinder(make_split(table, by_time(table)), snapshots, settings)
+    split = make_split(table, by_time(table))
+    return CandidateFinder(split, snapshots, settings, before)
 
 
 def answers(*past: tuple[int, int]) -> Any:
@@ -82,6 +85,13 @@ def test_light_gcn_by_hand() -> None:
         == made.find(*answers(), ALL, NO_TEXT)
         == {}
     )
+
+
+def test_a_fit_is_read_from_its_second_on() -> None:
+    """It read what is strictly earlier; test begins with a fit where its share of the rows is that of a block."""
+    for before, count in ((19.0, 0), (20.0, 4)):
+        made = finder("light_gcn", LOG, before=before)
+        assert len(made.find(*answers((0, 1)), ALL, NO_TEXT)) == count
 
 
 def test_popular_of_late() -> None:
