@@ -82,7 +82,7 @@ class CandidateFinder:
         # 1. vectors of the last fit before now, (items, d); LightGCN's own from what a snapshot
         # keeps, which is divided by the root of the likes before it
         self._weighted: F32 | None = None
-        block = int(np.searchsorted(snapshots.cuts, before, side="left"))
+        block = int(np.searchsorted(snapshots.cuts, before, side="right"))
         if block and "weighted" in snapshots.fitted[block - 1]:
             self._weighted = snapshots.fitted[block - 1]["weighted"]
             fitted = seconds < snapshots.cuts[block - 1]
