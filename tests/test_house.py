@@ -18,7 +18,7 @@ SETTINGS = 103
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
 TOKENS = 153_800
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 184_000
+TEST_TOKENS = 184_100
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",
