@@ -241,9 +241,6 @@ class RankBody(AskingBody):
         return self._asked(RankRequest, items, name)
 
 
-Texts = Annotated[Listed[Column], Field(min_length=1)]
-
-
 class Between(BaseModel, extra="forbid"):
     """A number of a column of the items table, the bounds included."""
 
@@ -252,14 +249,23 @@ class Between(BaseModel, extra="forbid"):
 
 
 def _listed(value: object) -> object:
-    return value if isinstance(value, dict | list) else [value]
+    return value if isinstance(value, list) else [value]
+
+
+Condition = Annotated[
+    Annotated[Between, Tag("<bounds>")]
+    | Annotated[
+        Listed[Column], Field(min_length=1), BeforeValidator(_listed), Tag("<values>")
+    ],
+    Discriminator(lambda of: "<bounds>" if isinstance(of, dict | Between) else "<values>"),
+]
 
 
 class RecommendBody(AskingBody):
     """List the best of all items that are not answered and pass."""
 
     top_n: int = Field(10, ge=1)
-    filter: dict[Text, Annotated[Between | Texts, BeforeValidator(_listed)]] = Field(
+    filter: dict[Text, Condition] = Field(
         {},
         description='By column: a value, a list of which it has one, or {"min": 1, "max": 2}.',
     )
