@@ -99,6 +99,7 @@ def open_run(run: Path) -> tuple[ExitRecommender, InteractionData]:
         ) from None
     found.data.bundle = str(run / "bundle")
     made = parser.instantiate_classes(found)
+    made.model.compute_in(config.get("trainer", {}).get("precision"))
     return made.model, made.data
 
 

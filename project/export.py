@@ -239,6 +239,7 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
         "model": model,
         "data": data,
     }
+    kept["trainer"] = {"precision": config.get("trainer", {}).get("precision")}
     if "exits" in config:  # names the criterion's class
         kept["exits"] = config["exits"]
     return str(yaml.safe_dump(kept, sort_keys=False))

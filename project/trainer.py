@@ -222,6 +222,7 @@ class ProjectTrainer(L.Trainer):
             seconds: About how long to measure.
         """
         folder = run_folder(self, ckpt_path)
+        model.compute_in(self.precision)
         # imported where they are called: both need extras
         if only == "serve":
             from project.benchmark.serve import run_load  # the core has no extra
@@ -286,6 +287,7 @@ class ProjectTrainer(L.Trainer):
             )
         assert model is not None
         assert datamodule is not None
+        model.compute_in(self.precision)
         if engine == "ray":
             from project.engine.actors import run_actors
 

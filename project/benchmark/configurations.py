@@ -37,6 +37,7 @@ SHOWN = 100  # requests of test that show what lists hold
 TOGETHER = 8  # requests that are also scored at once, where lists are timed
 LISTED = 10  # length of the lists that are timed
 FIXED_HISTORY = 50  # rows
+FLOAT32 = "float32"  # full depth of a run that computes in bfloat16
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ def run_rounds(
             configuration.score(requests)
 
 
+def with_prepacked(model: ExitRecommender, bfloat16: bool) -> ExitRecommender:
+    """A copy with prepacked weights, which engines take as they are."""
+    found = copied(model)
+    assert found.backbone is not None
+    found.backbone = prepacked(found.backbone.eval(), bfloat16)
+    return found
+
+
 class Bench:
     """What all workloads of a run share: the model with prepacked weights, its plans, and scores they are judged by.
 
@@ -121,12 +130,12 @@ class Bench:
         self.plans = plans
         self._data = data
         # 1. weights are packed once for all engines
-        self.module = copied(model)
-        assert self.module.backbone is not None
-        self.module.backbone = prepacked(self.module.backbone.eval())
-        weight = self.module.backbone.embed_tokens.weight
+        self.module = with_prepacked(model, model.in_bfloat16)
+        assert model.backbone is not None
+        weight = model.backbone.embed_tokens.weight
         self._device = weight.device
-        self.dtype = str(weight.dtype).removeprefix("torch.")
+        in_words = str(weight.dtype).removeprefix("torch.")
+        self.dtype = "bfloat16" if model.in_bfloat16 else in_words
         # 2. the scores of test and features of the same rows; a table of another checkpoint
         # does not count
         self._table: tuple[pl.DataFrame, F64] | None = None
@@ -167,6 +176,11 @@ class Bench:
         # 4. lists of the best k
         if scored is not None:
             found.append(self._best_list(scored, cache))
+        # 5. what bfloat16 wins
+        if self.model.in_bfloat16:
+            whole = static_exits(self.plans.plan, self.model.depth, self._device)
+            engine = Engine(with_prepacked(self.model, False), whole, cache)
+            found.append(Configuration(FLOAT32, "full depth", engine))
         return found
 
     def _static(

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from project.benchmark.configurations import (
+    FLOAT32,
     LISTED,
     REQUESTS,
     Bench,
@@ -135,7 +136,14 @@ def run_engine(
             "dtype": bench.dtype,
         }
         rows = measured_rows(bench, case, requests, seconds / len(wanted))
-        result["rows"] += [{**workload, **row} for row in rows]
+        result["rows"] += [
+            {
+                **workload,
+                **row,
+                "dtype": FLOAT32 if row["engine"] == FLOAT32 else bench.dtype,
+            }
+            for row in rows
+        ]
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
     Console(width=190).print(Markdown(render(result)), f"written: {path}")

@@ -64,7 +64,7 @@ class Engine:
                 f"the exits to decide about are at layers {decision.layers}, but the model has {module.exit_layers}; "
                 "run the command calibrate with this checkpoint"
             )
-        self.backbone = prepacked(module.backbone.eval())
+        self.backbone = prepacked(module.backbone.eval(), module.in_bfloat16)
         self.heads = module.heads.eval()
         self.decision = decision
         self.cache = cache

@@ -140,6 +140,8 @@ class ExitRecommender(L.LightningModule):
         self.vocabulary = Vocabulary()  # of context and users' attributes in prompts
         # learn a token for ratings of histories, too: known with the log, or a checkpoint
         self.ratings = False
+        # whether the engine multiplies in bfloat16, see `compute_in`
+        self.in_bfloat16 = False
         # 2. parts that are made once the folder of the weights is known: `configure_model`
         self.backbone: Backbone | None = None
         self.heads = nn.ModuleDict()
@@ -220,6 +222,10 @@ class ExitRecommender(L.LightningModule):
             # last: they are trained whatever is frozen
             backbone.learn(self.items, self.vocabulary.rows, rated)
         self.backbone = backbone
+
+    def compute_in(self, precision: object) -> None:
+        """Have the engine multiply as Lightning does in this precision; it must be called before one is made."""
+        self.in_bfloat16 = precision in ("bf16", "bf16-mixed")
 
     def know(self, data: InteractionData) -> None:
         """What ids of prompts' tokens say: texts of all items, those of requests included, and context."""

@@ -392,7 +392,7 @@ def _clock(
         row
         for row in timed
         if (row["history"], row["dtype"], row["prefix_cached"], row["at_once"])
-        == (None, "float32", False, 1)
+        == (None, timed[0]["dtype"], False, 1)
     ]
     sizes = {row["candidates"] for row in plain}
     size = BESIDE if BESIDE in sizes else max(sizes, default=0)

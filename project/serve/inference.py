@@ -142,7 +142,10 @@ class Served:
     def _warm(self, run: Path) -> Any:
         """A ranker that has read the store's events and scored once."""
         ranker = self._load(
-            run, cache_mib=self.settings.cache_mib, audit_share=self.settings.audit_share
+            run,
+            cache_mib=self.settings.cache_mib,
+            audit_share=self.settings.audit_share,
+            precision=self.settings.precision,
         )
         ranker.max_new_characters = self.settings.max_new_characters
         ranker.follow(self.store)

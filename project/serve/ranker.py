@@ -112,7 +112,8 @@ class Ranker:
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
         reference, skill = references(folder, model, data, plan)
-        model.backbone = prepacked(model.backbone.eval())  # once for all engines
+        # once for all engines
+        model.backbone = prepacked(model.backbone.eval(), model.in_bfloat16)
         # the plan, full depth and audits share users' cached histories
         self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, ListExits(plan, run.lists, device), cache)
@@ -148,12 +149,19 @@ class Ranker:
         }
 
     @classmethod
-    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> Ranker:
+    def load(
+        cls,
+        run: Path,
+        cache_mib: int = 256,
+        audit_share: float = 0.01,
+        precision: str | None = None,
+    ) -> Ranker:
         """From a calibrated run's folder, or one that `export` wrote, which has no score table to audit by.
 
-        `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
+        `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth. `precision` is
+        `open_run`'s.
         """
-        return cls(run, open_run(run), cache_mib, audit_share)
+        return cls(run, open_run(run, precision=precision), cache_mib, audit_share)
 
     # Events
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from project.errors import ConfigError
 
@@ -34,6 +35,8 @@ class ServeSettings:
         gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
         gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
         audit_share: Share of requests that also run to full depth, to see whether early exits still hold.
+        precision: bf16-mixed multiplies in bfloat16, which CPUs with AVX-512 BF16 or AMX do faster; None: as the run
+            was trained.
     """
 
     run: Path
@@ -54,6 +57,7 @@ class ServeSettings:
     gorse_positive: str = "star, like"
     gorse_read: str = "read"
     audit_share: float = 0.01
+    precision: Literal["32-true", "bf16-mixed"] | None = None
 
     @property
     def max_waiting_characters(self) -> int:

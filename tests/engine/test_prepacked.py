@@ -33,6 +33,41 @@ def test_products(rows: int, bias: bool) -> None:
     torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@torch.inference_mode()
+def test_products_in_bfloat16(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product of rounded numbers, itself rounded: 8 bits, 2^-8 of it. What comes out is float32 again.
+
+    The same on devices that oneDNN does not know.
+    """
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32)
+    x = torch.randn(1, 7, 48)
+    if not onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    packed = prepacked(nn.Sequential(linear), bfloat16=True)[0]
+    found = packed(x)
+    assert (type(packed), found.dtype) == (PrepackedLinear, torch.float32)
+    rounded = [part.bfloat16().double() for part in (x, linear.weight, linear.bias)]
+    expected = nn.functional.linear(*rounded).float()
+    torch.testing.assert_close(found, expected, atol=2**-8, rtol=2**-8)
+    assert not torch.equal(found, linear(x))
+
+
+def test_an_engine_in_bfloat16(world: World) -> None:
+    """Under bf16-mixed every product of the backbone is; scores move by less than .1, and are other ones."""
+    decision, module = static_exits(world.plan(Ratio(), 0.4), 5), copied(world.module)
+    module.compute_in("bf16-mixed")
+    engine = Engine(module, decision)
+    assert all(part._dtype == torch.bfloat16 for part in linears(engine.backbone))  # type: ignore[comparison-overlap]
+    for mine, whole in zip(
+        engine.score(world.requests),
+        Engine(world.module, decision).score(world.requests),
+        strict=True,
+    ):
+        assert 0 < np.abs(mine.logits - whole.logits).max() < 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_layer_of_the_backbone_is_packed(family: str) -> None:
     """Seven a layer, in a backbone of its own that shares parameters; a second time nothing is left to pack."""
