@@ -1,9 +1,10 @@
 """Whether a run finds what its users will like: `python -m research.recommend RUN OUT.json`.
 
 Users of test are frozen before its first second. Truth are the items of test that a user liked and had not answered.
-Candidates as `data.candidates` says, ranked at full depth, by exit 0 and by lists of the best 10, beside each source
-alone: NDCG@10 and recall@10, paired, users resampled; recall of the 100 candidates, of items with and without a row
-before. Then seconds of `recommend` for users who ask together, and of the exact product over a million drawn items.
+Candidates as `data.candidates` says, ranked at full depth and by exit 0, each with likes of late as served and by
+probability alone, and by lists of the best 10, beside each source alone: NDCG@10 and recall@10, paired, users
+resampled; recall of the 100 candidates, of items with and without a row before. Then seconds of `recommend` for users
+who ask together, and of the exact product over a million drawn items.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from project.engine.requests import prepare_requests
 from project.errors import ConfigError
 from project.evaluation.bootstrap import UserBootstrap
 from project.loading import open_run
+from project.metrics import probabilities
 from project.request import RankRequest, RecommendRequest
 from project.retrieval.candidates import (
     SHARES,
@@ -47,8 +49,9 @@ CATALOGUE = 1_000_000
 DIM = 64
 ABOUT = (
     "Users of test, frozen before its first second; truth: items of test that they liked and had not answered. Ranked: "
-    "the candidates of all sources by exit 0, at full depth and by lists of the best 10. Alone: the best 10 of one "
-    "source. Differences are full depth minus the row, paired, users resampled, 95 %."
+    "the candidates of all sources at full depth and by exit 0, each by its probability times likes of late, as "
+    "served, and by the probability alone, as lists of the best 10 are. Alone: the best 10 of one source. "
+    "Differences are full depth minus the row, paired, users resampled, 95 %."
 )
 
 
@@ -139,7 +142,7 @@ def quality(lists: dict[int, list[int]], at: Frozen) -> dict[str, F64]:
 
 
 def ranked(
-    run: Run, at: Frozen, found: dict[int, dict[int, str]]
+    run: Run, at: Frozen, found: dict[int, dict[int, str]], finder: CandidateFinder
 ) -> dict[str, dict[int, list[int]]]:
     """The best 10 of the candidates by way of ranking and user."""
     log = run.data.split.interactions
@@ -158,19 +161,27 @@ def ranked(
     ]
     codes = dict(log.items.select("item_id", "item").iter_rows())
     prepared = prepare_requests(run.model, run.data, Requests(requests, log.items, codes))
-    deepest = f"logit_{run.model.exit_layers[-1]}"
     table = score_every_head(run.model.eval(), prepared)
+    raw = table.select(f"logit_{layer}" for layer in run.plan.layers).to_torch()
+    chances = probabilities(run.plan.calibration.apply(raw.double()).numpy())
     lists = dict[str, dict[int, list[int]]]()
-    for name, column in (("exit 0", "logit_0"), ("full depth", deepest)):
-        lists[name] = {}
-        for (user,), own in table.group_by("request_id", maintain_order=True):
-            order = np.argsort(-own[column].to_numpy(), kind="stable")[:FIRST]
-            items = list(found[int(user)])  # type: ignore[call-overload]
-            lists[name][int(user)] = [items[k] for k in order]  # type: ignore[call-overload]
-    lists["lists"] = {}
+    for name, column in (("exit 0", 0), ("full depth", -1)):
+        for way, weighted in ((name, True), (f"{name}, probability alone", False)):
+            lists[way] = {}
+            start = 0
+            for user, items in found.items():
+                values = chances[start : start + len(items), column]
+                start += len(items)
+                if weighted:
+                    values = values * finder.weights(np.array(list(items)))
+                order = np.argsort(-values, kind="stable")[:FIRST]
+                lists[way][user] = [list(items)[k] for k in order]
+    lists["lists, probability alone"] = {}
     for request, one in zip(requests, run.engine.score(prepared), strict=True):
         items = list(found[int(request.request_id)])
-        lists["lists"][int(request.request_id)] = [items[k] for k in one.best_first(FIRST)]
+        lists["lists, probability alone"][int(request.request_id)] = [
+            items[k] for k in one.best_first(FIRST)
+        ]
     return lists
 
 
@@ -235,7 +246,9 @@ def study(folder: Path, out: Path) -> None:
         if part == "valid":  # shares were chosen on it
             continue
         # 2. lists
-        lists = ranked(run, at, found["all"])
+        snapshots = data.features.snapshots()
+        finder = CandidateFinder(data.split, snapshots, data.candidates, at.before)
+        lists = ranked(run, at, found["all"], finder)
         lists |= {
             f"{name} alone": {u: list(v) for u, v in found[name].items()} for name in SHARES
         }

@@ -47,7 +47,7 @@ class FakeRanker:
         self._diverged = (run / "diverged").exists()
 
     @classmethod
-    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> FakeRanker:
+    def load(cls, run: Path, **_: object) -> FakeRanker:
         if (run / "broken").exists():
             raise ValueError("this run is broken")
         return cls(run)

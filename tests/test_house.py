@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = 104
+SETTINGS = 105
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 154_200
+TOKENS = 154_400
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 184_600
+TEST_TOKENS = 184_800
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",

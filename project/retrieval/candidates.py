@@ -40,10 +40,14 @@ class CandidateSettings:
         shares: Source -> its share of them, relative to the others': light_gcn (where the retriever has vectors),
             similar, text and popular. One that is left out gives none; places that a source cannot fill go to the
             others.
+        popularity: The list is in order of the probability of a like times likes of late, plus one, to this power: a
+            model of rated items knows who would like an item, not who comes across it. 0: the probability alone,
+            where candidates leave early that cannot reach the list.
     """
 
     number: int = 100
     shares: dict[str, float] = field(default_factory=SHARES.copy)
+    popularity: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` where no candidate can come of it."""
@@ -53,6 +57,10 @@ class CandidateSettings:
             raise ConfigError(
                 f"data.candidates has number {self.number} and shares {self.shares}; expected a number of 1 or more, "
                 f"and shares of 0 or more, one at least above 0, of {', '.join(SHARES)}."
+            )
+        if not 0 <= self.popularity < np.inf:
+            raise ConfigError(
+                f"data.candidates.popularity is {self.popularity}; expected 0 or more."
             )
 
 
@@ -121,6 +129,12 @@ class CandidateFinder:
         """Count an event among the likes of late."""
         self._popular = _padded(self._popular, item + 1, 0.0)
         self._popular[item] += label * self._weight(np.array(seconds))
+
+    def weights(self, items: I64) -> F64:
+        """(n,) what the probabilities of items (n,) count in a list."""
+        likes = _padded(self._popular, int(items.max(initial=-1)) + 1, 0.0)[items]
+        found: F64 = (1.0 + np.maximum(likes, 0.0)) ** self.settings.popularity
+        return found
 
     def find(self, items: I64, labels: I64, allowed: Bool, by_text: F64) -> dict[int, str]:
         """Candidates and the source of each, best first; fewer than `settings.number` where no more are allowed.

@@ -510,13 +510,22 @@ class Ranker:
         # 3. the best of it
         by_text = self._index.text_products(items[labels == 1], self._items)
         found = self._finder.find(items, labels, allowed, by_text)
-        candidates = ids.gather(list(found)).to_list()
-        return replace(request, candidates=candidates, sources=list(found.values()))
+        return replace(
+            request,
+            candidates=ids.gather(list(found)).to_list(),
+            sources=list(found.values()),
+            # margins of lists know probabilities alone
+            exhaustive=request.exhaustive or self._finder.settings.popularity > 0,
+        )
 
     def _listed(self, request: RecommendRequest, found: Scored) -> Scored:
         """Scores of a recommendation with its list."""
-        rows = self._items[[self._codes[item_id] for item_id in found.item_ids]]
-        listed = spread(found.best_first(), rows, request.at_most)[: request.top_n]
+        codes = np.array([self._codes[item_id] for item_id in found.item_ids], np.int64)
+        order = found.best_first()
+        if not found.list_of:
+            chances = found.probabilities * self._finder.weights(codes)
+            order = np.argsort(-chances, kind="stable").tolist()
+        listed = spread(order, self._items[codes], request.at_most)[: request.top_n]
         return replace(found, sources=request.sources, listed=listed)
 
     def _new_texts(self, items: Sequence[Mapping[str, Any]]) -> list[str]:

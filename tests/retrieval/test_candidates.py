@@ -108,6 +108,18 @@ def test_popular_of_late() -> None:
         assert first == (NUM_ITEMS if label else 1)
 
 
+def test_weights_by_hand() -> None:
+    """Likes of late and one, to the power that the settings say: an item without any counts 1."""
+    made = finder("popular", LOG)
+    made._popular[:2] = [3.0, -1e-9]
+    items = np.array([0, 1, NUM_ITEMS + 5])
+    np.testing.assert_allclose(made.weights(items), [4.0, 1.0, 1.0])
+    made.settings = CandidateSettings(popularity=0.5)
+    np.testing.assert_allclose(made.weights(items), [2.0, 1.0, 1.0])
+    with pytest.raises(ConfigError, match=r"popularity is -1; expected 0 or more"):
+        CandidateSettings(popularity=-1)
+
+
 def test_deleted_likes_count_no_more() -> None:
     """Of user 1: nobody likes item 2 with item 1 any more, and .67 of item 1 is left. How many liked an item stays."""
     for source in ("similar", "popular"):

@@ -72,12 +72,18 @@ def test_what_is_listed_may_be_listed(
             assert request.at_most or len(listed) == min(4, len(one.item_ids))
             texts += sum(source == "text" for source in one.sources)
             (alone,) = ranker.rank_after_log([request])
-            plain = RankRequest(request.user_id, None, one.item_ids, top_n=4)
+            plain = RankRequest(request.user_id, None, one.item_ids)
             (ranked,) = ranker.rank_after_log([plain])
             for other in (alone, ranked):
                 assert [*other.item_ids] == [*one.item_ids]
                 np.testing.assert_allclose(other.logits, one.logits, atol=1e-4)
             assert (alone.listed, alone.sources) == (one.listed, one.sources)
+            # with no bound on equal values the order is that of P(like) x (likes of late + 1)
+            codes = np.array([ranker._codes[item_id] for item_id in one.item_ids])
+            chances = ranked.probabilities * (1 + ranker._finder._popular[codes])
+            if not request.at_most:
+                best = np.sort(chances)[::-1][: len(one.listed)]
+                np.testing.assert_allclose(chances[one.listed], best, rtol=1e-3)
         event = Event(str(turn), asked[0].user_id, f"i{turn}", 1, 5000.0 + turn)
         served.store.add([event])
     assert texts
@@ -136,7 +142,7 @@ def test_the_study(
     monkeypatch.setattr(study, "CATALOGUE", 1000)
     study.study(served_run, tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
-    assert len(result["rows"]) == 7
+    assert len(result["rows"]) == 9
     known = np.array([1, 1, 0, 1, 1], np.bool_)
     at = study.Frozen(9.0, {1: [], 2: [(0, 1)]}, {1: {1, 2}, 2: {3, 4}}, known)
     found = study.recalls({1: {2: "text"}, 2: {4: "text", 3: "text"}}, at)
