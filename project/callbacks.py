@@ -25,7 +25,7 @@ from project.data.requests import Workload, catalogue_requests
 from project.engine.engine import score_labelled, score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
-from project.evaluation.moment import moment_requests, moment_rows
+from project.evaluation.moment import moment_requests
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
@@ -55,7 +55,7 @@ from project.metrics import OwnMetric
 from project.model.heads import heads_digest
 from project.report.report import write_report
 from project.report.tables import render, render_seconds
-from project.results import CalibrateResult, MomentRows
+from project.results import CalibrateResult
 from project.run import (
     Checkpoint,
     read_checkpoint,
@@ -431,7 +431,13 @@ class ResultFiles(L.Callback):
         folder = current_run(trainer)
         calibration = exit_calibration_of(trainer)
         chosen = int(module.chosen_exit)
-        # 1. exits, baselines, plan and slices
+        # 1. the same rows as candidates of one moment; several processes cannot run the engine
+        # on one of them
+        moment = None
+        if trainer.world_size == 1:
+            with data.clock.stage("inside users"):
+                moment = _moment(module, data, split)
+        # 2. exits, baselines, plan and slices
         content = scored_rows(
             data,
             scores,
@@ -441,18 +447,13 @@ class ResultFiles(L.Callback):
             module.feature_baseline().base,
             calibration.settings.prefix_cached,
             self.metric,
+            moment,
         )
-        # several processes cannot run the engine on one of them
-        if trainer.world_size == 1:
-            with data.clock.stage("inside users"):
-                content["moment"] = _moment(
-                    module, data, split, calibration.plans, content["best_baseline"]
-                )
         head = result_head(
             command, data.split.manifest, str(folder / "config.yaml"), data.seed
         )
         result = scored_result(head, content, data, calibration.refused)
-        # 2. the result file, W&B, the terminal, the report
+        # 3. the result file, W&B, the terminal, the report
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         log_result(trainer, result, name)
@@ -469,13 +470,9 @@ class ResultFiles(L.Callback):
 
 
 def _moment(
-    module: ExitRecommender,
-    data: InteractionData,
-    split: str,
-    plans: Plans | None,
-    best_baseline: str | None,
-) -> MomentRows | None:
-    """Scores inside users at one moment each; None where a split has no such requests."""
+    module: ExitRecommender, data: InteractionData, split: str
+) -> tuple[pl.DataFrame, F64] | None:
+    """Scores and features of users' rows at one moment each; None where a split has no such requests."""
     try:
         workload = moment_requests(data.split, fold_of(split) or split)
     except ProjectError:
@@ -483,8 +480,7 @@ def _moment(
     if workload is None:
         return None
     prepared = prepare_requests(module, data, workload.requests)
-    scored = score_labelled(module, workload, prepared)
-    return moment_rows(data, split, *scored, plans, best_baseline)
+    return score_labelled(module, workload, prepared)
 
 
 def _scores(module: L.LightningModule) -> pl.DataFrame:

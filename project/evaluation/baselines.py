@@ -79,6 +79,7 @@ class Baseline:
     name: str
     scores: pl.DataFrame
     chosen: Mapping[str, Any] | None = None
+    further: F64 | None = None  # logits of further rows, where it was asked for some
 
     def logits(self, row_ids: ArrayLike) -> F64:
         """Logits (n,) of these rows in this order; DataError where a row was not scored."""
@@ -100,12 +101,13 @@ def fit_baselines(
     splits: Sequence[str] = ("valid", "test"),
     kinds: Mapping[str, str] | None = None,
     own_scores: str | None = None,
+    further: pl.DataFrame | None = None,
 ) -> list[Baseline]:
     """Fit every baseline on train targets and score the targets of `splits`, each from its own retrieved features.
 
     `kinds` is number or category, by column of context and users' attributes; where a log has any, two baselines more
     read them: exit 0 (lr_context), and boosting, which gets categories as such. `own_scores` is the name of the
-    baseline whose scores the log has.
+    baseline whose scores the log has. `further` are retrieved features of other rows, which all others score, too.
     """
     from threadpoolctl import threadpool_limits  # no type information published
 
@@ -114,8 +116,12 @@ def fit_baselines(
     tables = {
         s: targets_table(rows, retrieved, s) for s in dict.fromkeys(["train", *splits])
     }
+    scored = [*splits]
+    if further is not None:
+        tables["further"] = further
+        scored.append("further")
     train = feature_matrix(tables["train"], base)
-    features = {split: feature_matrix(tables[split], base) for split in splits}
+    features = {name: feature_matrix(tables[name], base) for name in scored}
 
     def fitted(model: Any, train: F64, features: Mapping[str, F64]) -> dict[str, F64]:
         model.fit(train, labels)
@@ -158,8 +164,7 @@ def fit_baselines(
         if kinds:
             terms = fit_terms(tables["train"], kinds, base)
             wide = {s: feature_matrix(table, base, terms) for s, table in tables.items()}
-            scored = {split: wide[split] for split in splits}
-            logits["lr_context"] = fitted(logistic_regression(), wide["train"], scored)
+            logits["lr_context"] = fitted(logistic_regression(), wide["train"], wide)
             numbers = [*range(len(FEATURES))]
             numbers += [k for k, t in enumerate(terms, len(FEATURES)) if t.kind != "is"]
             known = known_categories(tables["train"], kinds)
@@ -167,11 +172,15 @@ def fit_baselines(
                 s: np.concatenate([x[:, numbers], category_codes(tables[s], known)], axis=1)
                 for s, x in wide.items()
             }
-            scored = {split: wide[split] for split in splits}
             model = boosting([len(numbers) + k for k in range(len(known))])
-            logits["gbdt_context"] = fitted(model, wide["train"], scored)
+            logits["gbdt_context"] = fitted(model, wide["train"], wide)
     return [
-        Baseline(name, baseline_scores(rows, by_split)) for name, by_split in logits.items()
+        Baseline(
+            name,
+            baseline_scores(rows, {split: of[split] for split in splits}),
+            further=of.get("further"),
+        )
+        for name, of in logits.items()
     ]
 
 

@@ -8,6 +8,7 @@ a request does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import polars as pl
 from project.arrays import F64
 from project.data.context import CONTEXT, as_given
 from project.data.requests import SCHEMA, Requests, Workload, targets_for_requests
-from project.evaluation.baselines import fit_baselines
+from project.evaluation.baselines import Baseline
 from project.evaluation.bootstrap import UserBootstrap
 from project.metrics import aucs_by_user, session_metrics
 from project.request import RankRequest
@@ -25,7 +26,6 @@ from project.run import exit_layers_of
 
 if TYPE_CHECKING:
     from project.data.protocol import SplitInteractions
-    from project.datamodule import InteractionData
     from project.exits.plan import Plans
 
 CANDIDATES = 64  # of a user: the earliest so many targets, each item once
@@ -82,19 +82,17 @@ def moment_requests(
 
 
 def moment_rows(
-    data: InteractionData,
-    split: str,
     scores: pl.DataFrame,
     features: F64,
     plans: Plans | None,
+    baselines: Sequence[Baseline],
+    own_scores: str | None,
     best_baseline: str | None,
 ) -> MomentRows:
     """Exits, baselines and the plan inside users, from scores and features (n, F) of `moment_requests`' candidates.
 
-    Baselines read the same retrieved features, those of the requests at hand. Networks are left out: their scores are
-    of rows as tested.
+    Baselines have scored them as further rows. Networks have not, so they are left out.
     """
-    row_id = scores["row_id"]
     # 1. logits (n,) by name, of exits and the plan
     named = {
         f"exit {k}": scores[f"logit_{k}"].to_numpy().astype(np.float64)
@@ -103,16 +101,13 @@ def moment_rows(
     if plans is not None:
         outputs = plans.plan.outputs(scores, features)
         named["plan"] = plans.plan.emitted(outputs)[1].double().numpy()
-    # 2. of baselines, fitted as for rows as tested
-    log = data.split.interactions
-    rows = data.split.rows.filter(
-        (pl.col("split") == "train") | pl.col("row_id").is_in(row_id.implode())
-    )
-    assert data.candidate_retrieved is not None
-    table = data.candidate_retrieved.drop("row_id", strict=False).with_columns(row_id)
-    retrieved = data.retrieved | {split: table}
-    for baseline in fit_baselines(rows, retrieved, [split], log.columns, log.own_scores):
-        named[f"baseline {baseline.name}"] = baseline.logits(row_id)
+    # 2. of baselines; the ranker that runs today scored rows as tested, and only those
+    for baseline in baselines:
+        logits = baseline.further
+        if baseline.name == own_scores:
+            logits = baseline.logits(scores["row_id"])
+        if logits is not None:
+            named[f"baseline {baseline.name}"] = logits
     return inside_users(
         named, scores["label"].to_numpy(), scores["user"].to_numpy(), best_baseline
     )

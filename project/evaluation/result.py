@@ -24,6 +24,7 @@ from project.evaluation.baselines import (
     targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.moment import moment_rows
 from project.evaluation.networks import kept_networks
 from project.exits.cost import row_tokens
 from project.exits.plan import ExitPlan, Plans
@@ -194,15 +195,26 @@ def scored_rows(
     base: float,
     prefix_cached: bool,
     metric: OwnMetric | None,
+    moment: tuple[pl.DataFrame, F64] | None,
 ) -> ScoredRows:
-    """What a score table says of a split: exits, baselines, the plan, slices; `base` is train's share of likes."""
+    """What a score table says of a split: exits, baselines, the plan, slices; `base` is train's share of likes.
+
+    `moment` are scores and features of the candidates at hand, those of `moment_requests`.
+    """
     rows = data.split.rows
     log = data.split.interactions
     # 1. exits beside the baselines
     with data.clock.stage("baselines"):
         read = list(dict.fromkeys(("valid", split)))
         baselines = [
-            *fit_baselines(rows, data.retrieved, read, log.columns, log.own_scores),
+            *fit_baselines(
+                rows,
+                data.retrieved,
+                read,
+                log.columns,
+                log.own_scores,
+                None if moment is None else data.candidate_retrieved,
+            ),
             *kept_networks(data),
         ]
         found = comparison(scores, rows, baselines, split, chosen_exit)
@@ -243,6 +255,9 @@ def scored_rows(
         "slices": slices,
         "own_metric": own,
     }
+    if moment is not None:
+        name = found["best_baseline"]
+        scored["moment"] = moment_rows(*moment, plans, baselines, log.own_scores, name)
     # 4. what only some logs have
     add_comparisons(scored, data.split, baselines, targets, by_name)
     return scored
