@@ -31,6 +31,7 @@ from project.config import (
 from project.datamodule import InteractionData
 from project.errors import CheckpointError, ConfigError
 from project.exits.plan import ExitSettings
+from project.model.initial import TRUSTED
 from project.model.module import ExitRecommender
 from project.run import read_yaml, run_of_checkpoint
 from project.run_folder import RunLogger, WholeCheckpoints
@@ -253,7 +254,12 @@ class ProjectCLI(LightningCLI):
                 *(csv or [default]),
                 *(x for x in loggers if x not in csv),
             ]
-        # 2. with a checkpoint every command but fit writes into the checkpoint's run
+        # 2. `latest` will be this run when it is read again
+        if initial := config.model.initial:
+            trusted = TRUSTED if initial.startswith(TRUSTED) else ""
+            run = Path(initial.removeprefix(TRUSTED)).resolve()
+            config.model.initial = f"{trusted}{run}"
+        # 3. with a checkpoint every command but fit writes into the checkpoint's run
         if not config.get("ckpt_path"):
             return
         _check_file(Path(config.ckpt_path))

@@ -50,17 +50,16 @@ def with_presets(arguments: Sequence[str]) -> list[str]:
     }
     found = list[str]()
     for word in arguments:
-        # the value of `--config=exitrec:quickstart` is what follows its sign
-        key, equals, value = word.partition("=") if word[:1] == "-" else ("", "", word)
-        if value.startswith(PRESET):
-            name = value.removeprefix(PRESET).removesuffix(".yaml")
+        # `exitrec:quickstart` alone, or the value of `--config=exitrec:quickstart`
+        before, mark, name = word.partition(PRESET)
+        if mark and before[-1:] in ("", "="):
             if name not in presets:
                 raise ConfigError(
-                    f"{value} is no preset{did_you_mean(name, [*presets])}; expected {PRESET}NAME with one of "
+                    f"{mark}{name} is no preset{did_you_mean(name, [*presets])}; expected {mark}NAME with one of "
                     f"{', '.join(presets)}. A file of your own is given by its path."
                 )
-            value = presets[name]
-        found.append(key + equals + value)
+            word = before + presets[name]
+        found.append(word)
     return found
 
 

@@ -60,6 +60,15 @@ class Vocabulary:
             prefix = column.partition(".")[0]
         self.layout: I64 = np.array(places, dtype=np.int64).T
 
+    def names(self) -> list[tuple[str, str, float | None]]:
+        """What each of `rows` is of: column, kind, and the value or knot; None where that is missing or rare."""
+        found = list[tuple[str, str, float | None]]()
+        for column, terms in self._columns.items():
+            kind = terms[0].kind
+            values = [term.value for term in terms] if kind == "is" else range(KNOTS)
+            found += [(column, kind, value) for value in (None, *values)]
+        return found
+
     def tokens(self, prefix: str, values: Mapping[str, F64], n: int) -> list[Ragged]:
         """For n rows one of each token with columns of a prefix; a column that `values` lacks is missing."""
         missing = np.full(n, np.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -32,6 +33,7 @@ from project.evaluation.result import (
 from project.features import FEATURES, FeatureBaseline, Term
 from project.model.backbone import Backbone, usable_config
 from project.model.heads import ExitHead, answer_tokens
+from project.model.initial import check_origin, copy_weights, read_initial, trained_until
 from project.model.optim import (
     OptimSettings,
     cosine_with_warmup,
@@ -101,6 +103,8 @@ class ExitRecommender(L.LightningModule):
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         head: Class of the prediction heads, by its path: project.model.heads.ExitHead or a subclass.
+        initial: Folder of a run whose weights `fit` starts from; its train rows must lie before all that are scored.
+            trusted:FOLDER where you know that, and times cannot tell.
         answers: Texts of the answers dislike and like; set by data.prompt.answers.
         numbers: Learn tokens for numbers in prompts; set by data.prompt.segment.
         items: Learn tokens for items' texts in prompts; set by data.prompt.segment.
@@ -115,6 +119,7 @@ class ExitRecommender(L.LightningModule):
         freeze_embeddings: bool = True,
         gradient_checkpointing: bool = False,
         head: type[ExitHead] = ExitHead,
+        initial: str | None = None,
         answers: list[str] | None = None,
         numbers: bool = False,
         items: bool = False,
@@ -134,6 +139,9 @@ class ExitRecommender(L.LightningModule):
         self.freeze_embeddings = freeze_embeddings
         self.gradient_checkpointing = gradient_checkpointing
         self.head = head
+        self.initial = initial
+        # time of the last row that these weights have seen, as far as it is known
+        self.trained_until = inf
         self.answers = answers or [" no", " yes"]  # dislike, like
         self.numbers = numbers
         self.items = items
@@ -175,8 +183,22 @@ class ExitRecommender(L.LightningModule):
             if mesh is None:
                 backbone = Backbone.from_pretrained(folder, num_layers=self.depth)
                 self.set_backbone(backbone, self.data.tokenizer)
+                self.start()
             else:
                 set_sharded_backbone(self, folder, self.data.tokenizer, mesh)
+
+    def start(self) -> None:
+        """Begin a fit: take the weights of `initial`, and note until when rows are trained on."""
+        if self.trainer.state.fn != "fit":
+            return
+        split = self.data.split
+        self.trained_until = trained_until(split)
+        # a checkpoint that training goes on from has its own
+        if self.initial is None or self.trainer.ckpt_path is not None:
+            return
+        content = read_initial(self.initial, self.exit_layers, self.backbone_name, split)
+        copy_weights(content, self.state_dict(), frozen_names(self), self.vocabulary)
+        self.trained_until = max(self.trained_until, content.get("trained_until", inf))
 
     def check(
         self, data: InteractionData, checkpoint: str | None = None, measured: bool = True
@@ -200,6 +222,8 @@ class ExitRecommender(L.LightningModule):
             check_reads(content.get("reads"), data, measured)
             # the log may have grown since
             data.vocabulary = Vocabulary(content.get("vocabulary", ()))
+        elif self.initial is not None:
+            read_initial(self.initial, self.exit_layers, self.backbone_name, data.split)
 
     def set_backbone(self, backbone: Backbone, tokenizer: Any) -> None:
         """Use this backbone, with heads made from its language model head and the answers' tokens."""
@@ -249,7 +273,10 @@ class ExitRecommender(L.LightningModule):
         self.know(self.data)
         if self.items:
             assert self.backbone is not None
-            self.backbone.embed_tokens.standardise()
+            embeddings = self.backbone.embed_tokens
+            # projections that were trained before read items as they did then
+            if not embeddings.moments[0].any():
+                embeddings.standardise()
 
     def on_validation_start(self) -> None:
         """Refuse to score a model that was never trained, before the first batch."""
@@ -401,6 +428,7 @@ class ExitRecommender(L.LightningModule):
         checkpoint["vocabulary"] = [list(term) for term in self.vocabulary.terms]
         if self._trainer is not None:
             checkpoint["reads"] = reads_of(self.data)
+            checkpoint["trained_until"] = self.trained_until
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another model, protocol, prompt or retrieved features.
@@ -409,6 +437,7 @@ class ExitRecommender(L.LightningModule):
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
         self.know_exit_0(checkpoint)
+        self.trained_until = checkpoint.get("trained_until", inf)
         self.vocabulary = Vocabulary(checkpoint.get("vocabulary", ()))
         # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])
@@ -449,6 +478,7 @@ def set_sharded_backbone(
                 Backbone.from_config(config, num_layers=module.depth), tokenizer
             )
     assert module.backbone is not None
+    module.start()
     # 2. a part of every parameter on every process
     whole = module.state_dict() if reads else {}
     for layer in module.backbone.layers:
@@ -480,16 +510,3 @@ def exit_loss(
         / global_targets
     )
     return per_head.mean(), per_head.detach()
-
-
-def check_origin(
-    checkpoint: Mapping[str, Any], exit_layers: Sequence[int], backbone: str
-) -> None:
-    """Refuse a checkpoint whose exit layers or base model are not these, the configuration's."""
-    saved = checkpoint.get("hyper_parameters", {})
-    for key, mine in (("exit_layers", exit_layers), ("backbone", backbone)):
-        if saved.get(key) != mine:
-            raise CheckpointError(
-                f"the checkpoint was trained with model.{key} = {saved.get(key)}, the configuration has {mine}. "
-                "Use the config.yaml beside the checkpoint's folder."
-            )

@@ -27,8 +27,12 @@ def run_refit(arguments: Sequence[str]) -> Path:
     parser.add_argument(
         "--db", required=True, help="address of the store, such as sqlite:///events.db"
     )
+    parser.add_argument(
+        "--warm", action="store_true", help="start from the run's weights (model.initial)"
+    )
     given = parser.parse_args(arguments)
-    config, last = grown_log(given.run.resolve(), EventStore(given.db))
+    run = given.run.resolve()
+    config, last = grown_log(run, EventStore(given.db), given.warm)
     subprocess.run(
         [sys.executable, "-m", "project", "fit", "--config", str(config)], check=True
     )
@@ -38,8 +42,11 @@ def run_refit(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
-    """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`."""
+def grown_log(run: Path, store: EventStore, warm: bool = False) -> tuple[Path, int]:
+    """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`.
+
+    With `warm` the configuration starts from the run's weights.
+    """
     _, data = open_run(run)
     if data.protocol.split == "given":
         raise ConfigError(
@@ -113,6 +120,8 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     }
     label = CLICKED if data.protocol.label == CLICKED else None
     config["data"]["protocol"] |= {"label": label, "drop_ratings": []}
+    # also of a run that was itself warm, another one's weights are no longer wanted
+    config["model"]["initial"] = str(run) if warm else None
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": None}
     for logger in config["trainer"]["logger"]:
         if logger["class_path"].rpartition(".")[2] in ("CSVLogger", "RunLogger"):
