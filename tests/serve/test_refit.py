@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from project.config import open_run
+from project.model.initial import read_initial
 from project.request import RankRequest
 from project.serve.ranker import Ranker
 from project.serve.refit import grown_log
@@ -71,6 +72,12 @@ def test_a_refit_has_the_events(
         pl.read_parquet(config.parent / "interactions.parquet").height
         == new.rows.height + 1
     )
+    assert open_run(config.parent)[0].initial is None
+    warm, _ = grown_log(folder, store, warm=True)
+    made, data = open_run(warm.parent)
+    assert made.initial == str(folder)
+    # the log grew, so its validation begins after the run's last train row
+    read_initial(str(folder), made.exit_layers, made.backbone_name, data.split)
     # what was deleted is left out
     store.delete("u2")
     store.delete(event_id="c")
