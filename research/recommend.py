@@ -1,10 +1,11 @@
-"""Whether a run finds what its users will like: `python -m research.recommend RUN OUT.json`.
+"""Whether a run finds what its users will like: `python -m research.recommend RUN OUT.json [USERS]`.
 
 Users of test are frozen before its first second. Truth are the items of test that a user liked and had not answered.
 Candidates as `data.candidates` says, ranked at full depth and by exit 0, each with likes of late as served and by
 probability alone, and by lists of the best 10, beside each source alone: NDCG@10 and recall@10, paired, users
 resampled; recall of the 100 candidates, of items with and without a row before. Then seconds of `recommend` for users
-who ask together, and of the exact product over a million drawn items.
+who ask together, and of the exact product over a million drawn items. Of more than USERS (1,000) users so many are
+drawn.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from project.retrieval.own_text import item_vectors
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
 
+MOST = 1000
 FIRST = 10
 CANDIDATES = 100
 TOGETHER = (1, 8, 32)
@@ -67,8 +69,8 @@ class Frozen:
     known: Bool  # (items,) has a row before
 
 
-def frozen(data: InteractionData, part: str) -> Frozen:
-    """Users of `part` with a truth; the split is by time, or rows before would be of test."""
+def frozen(data: InteractionData, part: str, most: int = MOST) -> Frozen:
+    """At most `most` users of `part` with a truth; the split is by time, or rows before would be of test."""
     rows = data.split.rows.filter(answered(data.split.rows))
     of = rows.filter(pl.col("split") == part)
     before = float(of["timestamp"].min())  # type: ignore[arg-type]
@@ -81,6 +83,9 @@ def frozen(data: InteractionData, part: str) -> Frozen:
     liked = liked.join(
         past.select("user", "item").unique(), on=["user", "item"], how="anti"
     )
+    named = liked["user"].unique().sort()
+    if named.len() > most:
+        liked = liked.filter(pl.col("user").is_in(named.sample(most, seed=0).implode()))
     truth = dict[int, set[int]]()
     for user, item in liked.select("user", "item").sort("user", "item").iter_rows():
         truth.setdefault(user, set()).add(item)
@@ -229,14 +234,14 @@ def million() -> dict[str, Any]:
     return {"items": CATALOGUE, "dim": DIM, "seconds": found}
 
 
-def study(folder: Path, out: Path) -> None:
+def study(folder: Path, out: Path, most: int = MOST) -> None:
     """Write everything."""
     run = open_run(folder)
     data = run.data
     texts = item_vectors(data.split.interactions.items, data.split.interactions.items)[:-1]
     rows, recalled = list[dict[str, Any]](), list[dict[str, Any]]()
     for part in ("valid", "test"):
-        at = frozen(data, part)
+        at = frozen(data, part, most)
         named = np.array(list(at.truth))
         ways = {"all": data.candidates.shares} | {name: {name: 1.0} for name in SHARES}
         found = {name: found_by(data, at, texts, shares) for name, shares in ways.items()}
@@ -277,4 +282,4 @@ def study(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    study(Path(sys.argv[1]), Path(sys.argv[2]))
+    study(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
