@@ -24,12 +24,11 @@ from project.callbacks import ResultFiles
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
 from project.retrieval import ItemKNN, NoRetriever, Retriever, TextEncoder
-from project.trainer import CHECKPOINTS, ProjectTrainer
+from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
-SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 RETRIEVERS = sorted((CONFIGS / "retrievers").glob("*.yaml"))
 KINDS: dict[str, type[Retriever]] = {
     "text": TextEncoder,
@@ -232,33 +231,6 @@ def test_a_preset_gets_the_retriever(
     assert data.retriever.similar_every == (own.get("similar_every", 0) if can_list else 0)
     assert data.prompt.similar == (said["prompt"].get("similar") if can_list else None)
     assert data.prompt.segment == said["prompt"]["segment"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
-def test_sweep_values_arrive(
-    path: Path,
-    run: Run,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(CONFIGS.parent)
-    sweep = yaml.safe_load(path.read_text())
-    assert sweep["metric"]["name"] == CHECKPOINTS["monitor"]
-    axes = {key: axis["values"] for key, axis in sweep["parameters"].items()}
-    for i in range(max(map(len, axes.values()))):
-        point = {key: values[i % len(values)] for key, values in axes.items()}
-        args = [f"--{key}={value}" for key, value in point.items()]
-        words = [
-            word
-            for part in sweep["command"]
-            for word in (args if part == "${args}" else [part])
-        ]
-        assert words[:4] == ["${env}", "${interpreter}", "-m", "project"]
-        config = printed(run, capsys, *words[4:])
-        for key, value in point.items():
-            found = functools.reduce(lambda at, name: at[name], key.split("."), config)
-            assert found == (yaml.safe_load(value) if isinstance(value, str) else value)
 
 
 @pytest.mark.slow

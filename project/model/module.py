@@ -399,7 +399,7 @@ class ExitRecommender(L.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with learning rates by depth, warm-up and cosine decay."""
+        """AdamW with warm-up and cosine decay."""
         assert self.backbone is not None
         # named groups, so that a checkpoint shows what learns how fast
         groups = parameter_groups(self.backbone, self.heads, self.optim)

@@ -1,9 +1,9 @@
-"""Sets learning rates by depth (Zhou et al., ACL 2025: shallow layers learn faster) and their schedule."""
+"""Sets learning rates and their schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import lightning.pytorch as L
 from torch import nn
 
 from project.errors import ConfigError
-from project.model.backbone import Backbone, ItemEmbedding, NumberEmbedding
+from project.model.backbone import Backbone
 
-HEAD_FACTOR = 5.0  # how much faster a head learns than the layer below it
+HEAD_FACTOR = 5.0  # how much faster heads and numbers learn than the layers
 MINIMUM_SHARE = 0.1  # of the peak rate, at the last step
 # of all steps, tens of an epoch's hundreds: Adam's first variances are of few batches
 WARMUP_SHARE = 0.05
@@ -23,81 +23,48 @@ WEIGHT_DECAY = 0.01
 
 @dataclass
 class OptimSettings:
-    """Learning rates by depth, of AdamW.
-
-    Layer l of L learns at learning_rate * (1 + depth_slope * (1 - l / L)), the embeddings at that of l = 0,
-    a head at HEAD_FACTOR times the rate of the layer below it, numbers in prompts at HEAD_FACTOR times that of l = 0.
+    """Learning rates of AdamW: heads and numbers in prompts learn at HEAD_FACTOR times that of the layers.
 
     Args:
-        learning_rate: Peak learning rate of the deepest layer.
-        depth_slope: How much faster shallow layers learn; 0: all the same, 1: the embeddings at twice the rate.
+        learning_rate: Peak learning rate of the layers.
     """
 
     learning_rate: float = 3e-4
-    depth_slope: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        possible = {
-            # AdamW moves every weight by about this much a step
-            "learning_rate": (0 <= self.learning_rate <= 1, "from 0 to 1"),
-            # below, the embeddings' rate would be negative
-            "depth_slope": (-1 <= self.depth_slope < math.inf, "of -1 or more"),
-        }
-        for name, (works, wanted) in possible.items():
-            if not works:
-                raise ConfigError(
-                    f"model.optim.{name} is {getattr(self, name)}; expected a number {wanted}."
-                )
-
-
-def depth_rate(settings: OptimSettings, layer: int, layers: int) -> float:
-    """Peak learning rate of layer `layer` (1 is the first, 0 the embeddings) of `layers`."""
-    return settings.learning_rate * (1 + settings.depth_slope * (1 - layer / layers))
+        # AdamW moves every weight by about this much a step
+        if not 0 <= self.learning_rate <= 1:
+            raise ConfigError(
+                f"model.optim.learning_rate is {self.learning_rate}; expected a number from 0 to 1."
+            )
 
 
 def parameter_groups(
     backbone: Backbone, heads: nn.ModuleDict, settings: OptimSettings
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW, named such as "layer_3/decay": every trainable parameter is in exactly one."""
-    # 1. parts of the model, each with its rate, from the input to the heads
-    layers = len(backbone.layers)
-    words = backbone.embed_tokens
-    parts: list[tuple[str, Iterable[nn.Parameter], float]]
-    parts = [("embeddings", [words.weight], depth_rate(settings, 0, layers))]
-    if isinstance(words, NumberEmbedding):
-        learned = (
-            [words.numbers] if words.context is None else [words.numbers, words.context]
-        )
-        parts.append(("numbers", learned, HEAD_FACTOR * depth_rate(settings, 0, layers)))
-    if isinstance(words, ItemEmbedding):
-        parts.append(("items", [words.projection], depth_rate(settings, 0, layers)))
-    for k, layer in enumerate(backbone.layers, start=1):
-        parts.append((f"layer_{k}", layer.parameters(), depth_rate(settings, k, layers)))
-    for key, head in heads.items():
-        parts.append(
-            (
-                f"head_{key}",
-                head.parameters(),
-                HEAD_FACTOR * depth_rate(settings, int(key), layers),
-            )
-        )
+    """Groups for AdamW, named such as "heads/decay": every trainable parameter is in exactly one."""
+    # 1. parts of the model by how fast they learn
+    parts = dict[str, list[nn.Parameter]](
+        backbone=[], numbers=[], heads=[*heads.parameters()]
+    )
+    for name, parameter in backbone.named_parameters():
+        number = name.endswith((".numbers", ".context"))
+        parts["numbers" if number else "backbone"].append(parameter)
     # 2. of each part the matrices decay; norms and biases, which scale or shift, do not
     groups = []
-    for name, parameters, rate in parts:
-        trainable = [p for p in parameters if p.requires_grad]
-        matrices = [p for p in trainable if p.ndim > 1]
-        others = [p for p in trainable if p.ndim <= 1]
-        for kind, decay, params in (
-            ("decay", WEIGHT_DECAY, matrices),
-            ("plain", 0.0, others),
-        ):
+    for name, parameters in parts.items():
+        factor = 1.0 if name == "backbone" else HEAD_FACTOR
+        for kind, decay in (("decay", WEIGHT_DECAY), ("plain", 0.0)):
+            params = [
+                p for p in parameters if p.requires_grad and (p.ndim > 1) == (decay > 0)
+            ]
             if params:
                 groups.append(
                     {
                         "name": f"{name}/{kind}",
                         "params": params,
-                        "lr": rate,
+                        "lr": factor * settings.learning_rate,
                         "weight_decay": decay,
                     }
                 )

@@ -21,12 +21,11 @@ from project.model.optim import (
     WEIGHT_DECAY,
     OptimSettings,
     cosine_with_warmup,
-    depth_rate,
     parameter_groups,
 )
 
 Make = Callable[..., Any]
-SETTINGS = OptimSettings(learning_rate=1e-3, depth_slope=0.6)
+SETTINGS = OptimSettings(learning_rate=1e-3)
 
 
 def hidden_of(backbone: Backbone, layout: Layout) -> torch.Tensor:
@@ -233,22 +232,6 @@ def model(tiny_config: Make) -> tuple[Backbone, nn.ModuleDict]:
     )
 
 
-def test_rates_by_depth(model: tuple[Backbone, nn.ModuleDict]) -> None:
-    """lr(l) = base * (1 + slope * (1 - l / L)); a head learns at HEAD_FACTOR times the rate below it.
-
-    Layer 1: 1 + .6 * 2/3 = 1.4. At slope -1 the embeddings learn nothing: 1 + -1 * (1 - 0 / 3) = 0.
-    """
-    rates = {g["name"].split("/")[0]: g["lr"] for g in parameter_groups(*model, SETTINGS)}
-    expected = {
-        "embeddings": 1.6e-3,
-        "layer_1": 1.4e-3,
-        "layer_2": 1.2e-3,
-        "layer_3": 1.0e-3,
-    }
-    assert rates == pytest.approx(expected | {"head_1": 7.0e-3, "head_3": 5.0e-3})
-    assert depth_rate(OptimSettings(depth_slope=-1.0), 0, 3) == 0
-
-
 def test_each_parameter_once(model: tuple[Backbone, nn.ModuleDict]) -> None:
     """Every trainable parameter of backbone and heads is in exactly one group; matrices decay, others do not."""
     backbone, heads = model
@@ -260,9 +243,9 @@ def test_each_parameter_once(model: tuple[Backbone, nn.ModuleDict]) -> None:
         p.data_ptr() for m in (backbone, heads) for p in m.parameters() if p.requires_grad
     ]
     assert sorted(found) == sorted(expected)
-    assert not any(g["name"].startswith("embeddings") for g in groups)
     rates = {g["name"].split("/")[0]: g["lr"] for g in groups}
-    assert rates["numbers"] == pytest.approx(HEAD_FACTOR * depth_rate(SETTINGS, 0, 3))
+    fast = HEAD_FACTOR * 1e-3
+    assert rates == {"backbone": 1e-3, "numbers": fast, "heads": fast}
     for group in groups:
         assert group["weight_decay"] in (0.0, WEIGHT_DECAY)
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
@@ -278,10 +261,7 @@ def test_schedule_by_hand() -> None:
         assert cosine_with_warmup(steps)(0) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("learning_rate", -0.01), ("learning_rate", float("nan")), ("depth_slope", -1.5)],
-)
-def test_refuses_settings(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.optim\.{name} is"):
-        OptimSettings(**{name: value})
+@pytest.mark.parametrize("value", [-0.01, float("nan")])
+def test_refuses_settings(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"model\.optim\.learning_rate is"):
+        OptimSettings(value)
