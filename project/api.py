@@ -1,10 +1,12 @@
-"""The Python API: fit or open a run, score requests, get a table back. docs/python.md shows it; `serve` uses it."""
+"""The Python API: fit or open a run, score requests or recommend, get a table back. docs/python.md shows it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.callbacks import ExitCalibration, ResultFiles
@@ -17,7 +19,7 @@ from project.model.module import ExitRecommender
 from project.request import HistoryRow as HistoryRow
 from project.request import Item as Item
 from project.request import RankRequest as RankRequest
-from project.run_folder import RunLogger
+from project.run_folder import RunLogger, run_folder
 from project.trainer import CHECKPOINTS, DEFAULTS, ProjectTrainer
 
 
@@ -51,4 +53,23 @@ def fit(
     if calibration.plans is None:
         raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
     plans = calibration.plans
-    return Run(model, data, plans.plan, plans.lists, plans.certificate)
+    place = run_folder(made)
+    return Run(model, data, plans.plan, plans.lists, plans.certificate, place)
+
+
+def recommend(run: Run, users: Sequence[str] | None = None, **asked: Any) -> pl.DataFrame:
+    """The best items of users after all of the log, as the server and `predict --recommend` list them.
+
+    Args:
+        run: An open run.
+        users: Their ids, all in one call: each makes an index anew. None: all users of the log.
+        asked: `top_n` (10), `filter`, `allow`, `deny`, `at_most` and `include_answered`, as POST /v1/recommend has
+            them; a condition of `filter` is a list of values or {"min": ..., "max": ...}.
+
+    Returns:
+        One row a listed item: user_id, rank (from 1), item_id, probability, exit_layer, source.
+    """
+    # imported here: it needs an extra
+    from project.serve.recommend import recommendations
+
+    return recommendations(run, users, **({"top_n": 10} | asked))

@@ -40,4 +40,4 @@ def open_run(
     # features: from the run's bundle, where the cache lacks them
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(model, data, plans.plan, plans.lists, plans.certificate)
+    return Run(model, data, plans.plan, plans.lists, plans.certificate, folder)

@@ -114,6 +114,7 @@ class Run:
         plan: Who leaves where.
         lists: Who leaves where the best `top_n` are asked for.
         certificate: What a result file says of the plan's promise; None where there is none.
+        folder: Where the run lies.
     """
 
     # `score` and `score_after_log` are the Python API; `write` is the command `predict
@@ -124,6 +125,7 @@ class Run:
     plan: ExitPlan
     lists: Lists
     certificate: Any = None
+    folder: Path = Path()
 
     @cached_property
     def engine(self) -> Engine:
@@ -274,9 +276,11 @@ def open_calibrated(
         )
     data.prepare_data()
     plans = load_run(model, data.tokenizer, checkpoint, data, compared=False)
-    place = run_of_checkpoint(checkpoint) / "scores" / f"predict-{engine}{tag_of(trainer)}"
+    folder = run_of_checkpoint(checkpoint)
+    place = folder / "scores" / f"predict-{engine}{tag_of(trainer)}"
     about = {"heads": heads_digest(model.state_dict()), "protocol": data.split.hash}
-    return Run(model, data, plans.plan, plans.lists), place, about
+    run = Run(model, data, plans.plan, plans.lists, plans.certificate, folder)
+    return run, place, about
 
 
 def run_early_exit(

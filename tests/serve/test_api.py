@@ -80,6 +80,8 @@ def test_the_document(
     plain = found["run"].score_after_log(replace(found["request"], exhaustive=True))
     assert plain["probability"].to_list() == [whole["probability"].max()]
     assert (tmp_path / "runs/mine/version_0/results/fit.json").is_file()
+    assert found["mine"].folder.name == "version_0"
+    assert found["listed"]["rank"].to_list() == [1, 2, 3] * 2
 
 
 def test_a_backtest_reads_strictly_earlier_rows(opened: Run, tiny_logs: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from world import given
 
+from project.api import open_run, recommend
 from project.request import HistoryRow, Item, RankRequest, RecommendRequest
 from project.serve.inference import Served
 from project.serve.ranker import Ranker
@@ -121,7 +122,7 @@ def test_an_item_too_long_for_a_prompt_costs_nobody(ranker: Ranker) -> None:
 def test_predict_recommends_as_the_server_does(
     ranker: Ranker, served_run: Path, run: Callable[..., None]
 ) -> None:
-    """For every user of the log; a row an item, and no request file is needed."""
+    """For every user of the log; a row an item, and no request file is needed; so does Python."""
     run("predict", *given(served_run), "--recommend", 3)
     table = pl.read_parquet(served_run / "scores" / "recommendations.parquet")
     for (user,), own in table.group_by("user_id"):
@@ -129,6 +130,8 @@ def test_predict_recommends_as_the_server_does(
         assert own["item_id"].to_list() == [found.item_ids[k] for k in found.listed]
         assert own["source"].to_list() == [found.sources[k] for k in found.listed]
     assert table["user_id"].n_unique() == 30
+    listed = recommend(open_run(served_run), ["u3", "u1"], top_n=3)
+    assert listed.equals(pl.concat(table.filter(user_id=user) for user in ("u3", "u1")))
 
 
 def test_the_study(
