@@ -66,7 +66,7 @@ class Protocol:
         train_users: Share of the users whose train rows are targets, for learning curves: the other users' train rows
             are context, which histories, counts and graph hold as before. A user of one share is in every larger one.
         dates: Of split date: when validation begins and when test does, such as [2024-05-01, 2024-06-01]; without a
-            zone they are UTC.
+            zone they are UTC. Rows from a third date on are left out before anything reads them.
         answer_delay: Seconds after its row at which an answer is known: until then no other row reads it.
         negatives: Items with the answer 0 beside the clicks, for label clicked. They are scored and nothing else: no
             history, graph or count has them.
@@ -112,13 +112,13 @@ class Protocol:
 
     @property
     def cuts(self) -> list[float] | None:
-        """Seconds of the two dates; None where they are none, or do not ascend."""
+        """Seconds of the two or three dates; None where they are none, or do not ascend."""
         dates = self.dates or []
         known = moments_of(pl.Series(dates, dtype=pl.String))
         seconds = [known[date] for date in dates if date in known]
         return (
             seconds
-            if len(seconds) == len(dates) == 2 and seconds == sorted({*seconds})
+            if len(seconds) == len(dates) in (2, 3) and seconds == sorted({*seconds})
             else None
         )
 
@@ -139,8 +139,8 @@ class Protocol:
             "seed": (self.seed >= 0, "0 or more"),
             "dates": (
                 self.cuts is not None if self.split == "date" else self.dates is None,
-                "two ascending ISO dates such as [2024-05-01, 2024-06-01] where data.protocol.split is date, null "
-                "elsewhere",
+                "two ascending ISO dates such as [2024-05-01, 2024-06-01], or a third where test ends, where "
+                "data.protocol.split is date, null elsewhere",
             ),
             "answer_delay": (0 <= self.answer_delay < math.inf, "seconds, 0 or more"),
             "hide_items": (
@@ -277,7 +277,14 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
                 f"The log has no column timestamp, but data.protocol.{why}{columns}. Map the column under "
                 f"data.logs.init_args.columns.timestamp, or set data.protocol.{instead}."
             )
-    # 2. drop ratings, before duplicates are looked for, both in file order
+    # 2. a log as of the third date: nothing reads later rows
+    for end in (protocol.cuts or [])[2:]:
+        log = log.filter(pl.col("timestamp") < end)
+        if log.is_empty():
+            raise DataError(
+                f"data.protocol.dates end at {moment(end)} (UTC), before the log begins. Give later dates."
+            )
+    # 3. drop ratings, before duplicates are looked for, both in file order
     if protocol.drop_ratings and log["rating"].is_null().all():
         raise ConfigError(
             f"data.protocol.drop_ratings is {protocol.drop_ratings}, but the log has no ratings. Set it to [], or map "
@@ -286,7 +293,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     rated = log.filter(
         ~pl.col("rating").is_in(list(map(float, protocol.drop_ratings))).fill_null(False)
     )
-    # 3. label
+    # 4. label
     shown = rated.filter(pl.col("label") == 0)
     if protocol.label == CLICKED and not shown.is_empty():
         raise DataError(
@@ -305,7 +312,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
             '0/1 labels, data.protocol.label: "rating > 3" for one of ratings, clicked for one of clicks alone, or '
             f"map the column under data.logs.init_args.columns.{column}."
         )
-    # 4. remove duplicates, then context as numbers
+    # 5. remove duplicates, then context as numbers
     distinct = _without_duplicates(labelled, protocol.duplicates)
     context, columns_of, texts = coded_table(
         distinct.select(raw.context), CONTEXT, raw.kinds, "interactions"
@@ -322,7 +329,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         distinct = distinct.with_columns(known_at=seconds)
     if "known_at" in distinct.columns:
         further.append("known_at")
-    # 5. code ids
+    # 6. code ids
     users = _coded(distinct["user_id"].unique(), "user")
     if raw.users is not None:
         known = users.join(raw.users, on="user_id", how="left", maintain_order="left")
@@ -336,7 +343,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         raw.items, on="item_id", maintain_order="left"
     )
     untitled = items["title"].str.strip_chars() == ""
-    # 6. sort
+    # 7. sort
     rows = distinct.join(users, on="user_id").join(
         items.select("item_id", "item"), on="item_id"
     )
@@ -653,11 +660,11 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
         case "date":
             first = rows["timestamp"][0]
             last = rows["timestamp"][-1]
-            seconds = protocol.cuts or []
+            seconds = (protocol.cuts or [])[:2]
             if not first < seconds[0] < seconds[1] <= last:
                 raise DataError(
                     f"data.protocol.dates are {' and '.join(protocol.dates or ())}, but the log's rows are from "
-                    f"{_moment(first)} to {_moment(last)} (UTC). Give two dates between, so that each split has rows."
+                    f"{moment(first)} to {moment(last)} (UTC). Give dates between, so that each split has rows."
                 )
             behind = [pl.col("timestamp") >= second for second in seconds]
         case "user_time":
@@ -687,7 +694,8 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
     return passed.replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
+    """An ISO date, in UTC."""
     return str(np.datetime64(int(seconds), "s"))
 
 
@@ -796,7 +804,7 @@ def _manifest(
         "rows": log.height,
         "negatives": rows.height - log.height,
         "order": "by time" if dated else "shuffled",
-        "times": [_moment(rows["timestamp"][k]) for k in (0, -1) if dated],
+        "times": [moment(rows["timestamp"][k]) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
         "context": {

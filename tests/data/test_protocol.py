@@ -107,8 +107,40 @@ def test_split_at_dates() -> None:
     assert other.hash != split.hash
 
 
+def test_rows_from_a_third_date_on_are_not_there(make_logs: MakeLogs) -> None:
+    """A new user, a known one's next row, a row that stands twice, text in a column of numbers: nothing moves."""
+    rows = [(f"u{k % 3}", f"i{k % 5}", float(day), k % 5) for k, day in enumerate(DAYS)]
+    late = [("new", "i0", float(MAY + 86_400 * 15), 9.0)] * 2 + [("u0", "i1", 2e9, 1.0)]
+    protocol = Protocol(
+        split="date", dates=[*DATES, "2024-05-16"], label="rating > 3", hide_items=0.3
+    )
+    found = list[SplitInteractions]()
+    for more in ([], late):
+        raw = make_logs([*rows[:35], *more])
+        price = pl.Series("price", ["7", "8", "9", *["1"] * 32, *["x"] * len(more)])
+        raw = replace(
+            raw, interactions=raw.interactions.with_columns(price), context=("price",)
+        )
+        found.append(apply_protocol(build_interactions(raw, protocol), protocol))
+    one, other = found
+    assert one.rows.equals(other.rows)
+    assert one.interactions.users.equals(other.interactions.users)
+    assert other.interactions.columns == {"context.price": "number"}
+    assert one.manifest == other.manifest
+    # without it they are read: a row stands twice
+    with pytest.raises(DataError, match="duplicate"):
+        build_interactions(raw, replace(protocol, dates=DATES))
+    early = replace(protocol, dates=["2001-01-01", "2001-01-02", "2001-01-03"])
+    with pytest.raises(DataError, match="before the log begins"):
+        build_interactions(raw, early)
+
+
 @pytest.mark.parametrize(
-    "dates", [None, DATES[:1], DATES[::-1], [DATES[0]] * 2, ["2024-05-01", "June"]]
+    "dates",
+    [
+        *(None, DATES[:1], DATES[::-1], [DATES[0]] * 2, ["2024-05-01", "June"]),
+        *([*DATES, DATES[0]], [*DATES, "2024-06-01", "2024-07-01"]),
+    ],
 )
 def test_dates_that_cannot_work(dates: list[str] | None) -> None:
     with pytest.raises(ConfigError, match=r"data\.protocol\.dates is .* two ascending"):
