@@ -209,7 +209,7 @@ class ProjectCLI(LightningCLI):
                 self.model.check(
                     self.datamodule,
                     config.get("ckpt_path"),
-                    measured=subcommand != "predict",
+                    subcommand,
                 )
             super()._run_subcommand(subcommand)
         except BaseException:

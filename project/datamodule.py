@@ -518,14 +518,15 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
 
 
 def check_reads(
-    kept: Mapping[str, Any] | None, data: InteractionData, measured: bool = True
+    kept: Mapping[str, Any] | None, data: InteractionData, command: str = "validate"
 ) -> None:
     """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
         kept: `reads_of` its training; None: it is from before this was kept, and nothing is known.
         data: What it would read now.
-        measured: Whether its scores are compared with the log's labels; requests may come from a log that has grown.
+        command: What it scores. For predict the log may have grown; for test, too, where every test row is later than
+            all that it was trained, chosen and calibrated on, `until`.
     """
     if kept is None:
         return
@@ -538,12 +539,17 @@ def check_reads(
             raise CheckpointError(
                 f"{name} is {given!r}, but the checkpoint was trained with {trained!r}. {fix}"
             )
-    if measured and kept["protocol"] != protocol:
-        raise CheckpointError(
-            f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
-            f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
-            f"be among those that are scored. {fix}"
-        )
+    if command == "predict" or kept["protocol"] == protocol:
+        return
+    if command == "test" and data.split.manifest["times"]:
+        earliest: Any = data.split.rows.filter(split="test")["timestamp"].min()
+        if earliest > kept.get("until", np.inf):
+            return
+    raise CheckpointError(
+        f"the checkpoint was trained under the protocol hash {kept['protocol']}, this configuration gives "
+        f"{protocol}: data.protocol, data.logs or their files differ, and rows that it was trained on could "
+        f"be among those that are scored. {fix}"
+    )
 
 
 def _difference(key: str, trained: Any, given: Any) -> tuple[str, Any, Any] | None:

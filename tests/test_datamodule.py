@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 
 from project.data.prompt import Prompt
@@ -58,11 +59,11 @@ def test_what_is_kept() -> None:
     ],
     ids=["segment", "answers", "retriever", "blocks", "mf"],
 )
-@pytest.mark.parametrize("measured", [True, False])
-def test_what_the_model_reads(other: Any, words: str, measured: bool) -> None:
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_what_the_model_reads(other: Any, words: str, command: str) -> None:
     """The key that differs is named, with both values, whoever scores."""
     with pytest.raises(CheckpointError, match=words):
-        check_reads(reads_of(data()), other, measured)
+        check_reads(reads_of(data()), other, command)
 
 
 def test_rows() -> None:
@@ -72,7 +73,21 @@ def test_rows() -> None:
         CheckpointError, match=r"hash aaaa, this configuration gives bbbb: data\.protocol"
     ):
         check_reads(kept, grown)
-    check_reads(kept, grown, measured=False)
+    check_reads(kept, grown, "predict")
+    # test rows of 7 and later; the checkpoint was chosen on rows until 6, or until 7, or does not say
+    rows = pl.DataFrame({"split": ["valid", "test"], "timestamp": [6.0, 7.0]})
+    grown.split.rows, grown.split.manifest = rows, {"times": ["", ""]}
+    check_reads(kept | {"until": 6.0}, grown, "test")
+    for seen, command in (
+        ({"until": 7.0}, "test"),
+        ({}, "test"),
+        ({"until": 5}, "validate"),
+    ):
+        with pytest.raises(CheckpointError, match="hash aaaa"):
+            check_reads(kept | seen, grown, command)
+    grown.split.manifest = {"times": []}
+    with pytest.raises(CheckpointError, match="hash aaaa"):
+        check_reads(kept | {"until": 6.0}, grown, "test")
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ NUMBERS = f"{EMBEDDINGS}numbers"
 OWN = {"chosen_exit", "exit_0"}
 
 
-def trained_until(split: SplitInteractions) -> float:
-    """Time of the last train row; infinity where the log has no times."""
-    last: Any = split.rows.filter(split="train")["timestamp"].max()
+def read_until(split: SplitInteractions, *parts: str) -> float:
+    """Time of the last row of these parts; infinity where the log has no times."""
+    last: Any = split.rows.filter(pl.col("split").is_in(parts))["timestamp"].max()
     return float(last) if split.manifest["times"] else inf
 
 

@@ -33,7 +33,7 @@ from project.evaluation.result import (
 from project.features import FEATURES, FeatureBaseline, Term
 from project.model.backbone import Backbone, usable_config
 from project.model.heads import ExitHead, answer_tokens
-from project.model.initial import check_origin, copy_weights, read_initial, trained_until
+from project.model.initial import check_origin, copy_weights, read_initial, read_until
 from project.model.optim import (
     OptimSettings,
     cosine_with_warmup,
@@ -192,7 +192,7 @@ class ExitRecommender(L.LightningModule):
         if self.trainer.state.fn != "fit":
             return
         split = self.data.split
-        self.trained_until = trained_until(split)
+        self.trained_until = read_until(split, "train")
         # a checkpoint that training goes on from has its own
         if self.initial is None or self.trainer.ckpt_path is not None:
             return
@@ -201,11 +201,11 @@ class ExitRecommender(L.LightningModule):
         self.trained_until = max(self.trained_until, content.get("trained_until", inf))
 
     def check(
-        self, data: InteractionData, checkpoint: str | None = None, measured: bool = True
+        self, data: InteractionData, checkpoint: str | None = None, command: str = "fit"
     ) -> None:
         """Raise what is wrong with backbone, tokenizer and checkpoint; reads no weights and makes no features.
 
-        `measured` as of `check_reads`.
+        `command` as of `check_reads`.
         """
         answer_tokens(data.tokenizer, self.answers)
         # its configuration alone: no weights are read
@@ -219,7 +219,7 @@ class ExitRecommender(L.LightningModule):
         if checkpoint is not None:
             content = read_checkpoint(checkpoint, mmap=True)
             check_origin(content, self.exit_layers, self.backbone_name)
-            check_reads(content.get("reads"), data, measured)
+            check_reads(content.get("reads"), data, command)
             # the log may have grown since
             data.vocabulary = Vocabulary(content.get("vocabulary", ()))
         elif self.initial is not None:
@@ -427,7 +427,9 @@ class ExitRecommender(L.LightningModule):
         checkpoint["exit_0_terms"] = [list(term) for term in self.exit_0_terms]
         checkpoint["vocabulary"] = [list(term) for term in self.vocabulary.terms]
         if self._trainer is not None:
-            checkpoint["reads"] = reads_of(self.data)
+            chosen_until = read_until(self.data.split, "train", "valid")
+            until = max(self.trained_until, chosen_until)
+            checkpoint["reads"] = reads_of(self.data) | {"until": until}
             checkpoint["trained_until"] = self.trained_until
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -451,9 +453,7 @@ class ExitRecommender(L.LightningModule):
                 "data.prompt.segment differ from the run that made it. Use its config.yaml."
             )
         if self._trainer is not None:
-            check_reads(
-                checkpoint.get("reads"), self.data, self.trainer.state.fn != "predict"
-            )
+            check_reads(checkpoint.get("reads"), self.data, self.trainer.state.fn or "")
 
 
 def set_sharded_backbone(

@@ -17,7 +17,7 @@ from world import read_split, result, tiny_settings
 from project.data.protocol import Protocol, SplitInteractions
 from project.data.vocabulary import Vocabulary
 from project.errors import CheckpointError, ConfigError
-from project.model.initial import copy_weights, read_initial, trained_until
+from project.model.initial import copy_weights, read_initial, read_until
 from project.model.module import ExitRecommender
 from project.run import read_checkpoint
 
@@ -39,7 +39,7 @@ def test_rows_that_were_trained_on_are_not_scored(
     fitted: Path, tiny_model: Path, split: SplitInteractions
 ) -> None:
     """Validation must begin after the last train row; in a log without times, or of a run that does not say, never."""
-    until = trained_until(split)
+    until = read_until(split, "train")
     file = fitted / "checkpoints" / "last.ckpt"
     content = read_checkpoint(file)
     assert content["trained_until"] == until
@@ -101,10 +101,10 @@ def test_until_when_a_chain_has_seen_rows(
     trainer.datamodule = SimpleNamespace(split=later(split, -100))
     monkeypatch.setattr(ExitRecommender, "trainer", trainer)
     model.start()
-    assert model.trained_until == trained_until(split)
+    assert model.trained_until == read_until(split, "train")
     trainer.ckpt_path = "last.ckpt"
     model.start()
-    assert model.trained_until == trained_until(split) - 100
+    assert model.trained_until == read_until(split, "train") - 100
 
 
 @pytest.mark.slow
