@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.arrays import F64, I64
-from project.results import HeadMetrics, SessionMetrics, UserAucs, UserMean
+from project.results import HeadMetrics, SessionMetrics
 
 # of labels, probabilities and users, (n,) each
 OwnMetric = Callable[[Any, Any, Any], float | None]
@@ -72,29 +72,8 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
     return float(sum(apart) / values.size) if values.size else None
 
 
-def user_aucs(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> UserAucs:
-    """Means of per-user AUCs over the users with both classes, each {`value`, `users`, `rows`}.
-
-    `uauc` counts each user once (CoLLM), `gauc_impressions` by rows (FuxiCTR; Zhu et al. 2017), `gauc_positives` by
-    positive rows (RecBole): published "GAUC" numbers use all three.
-    """
-    found, rows, positives = aucs_by_user(scores, labels, users)
-
-    def mean(weights: F64) -> UserMean:
-        value = float(np.average(found, weights=weights)) if found.size else None
-        return {"value": value, "users": int(found.size), "rows": int(rows.sum())}
-
-    return {
-        "uauc": mean(np.ones_like(rows)),
-        "gauc_impressions": mean(rows),
-        "gauc_positives": mean(positives),
-    }
-
-
-def aucs_by_user(
-    scores: ArrayLike, labels: ArrayLike, users: ArrayLike
-) -> tuple[F64, F64, F64]:
-    """AUCs, rows and positive rows of the users with both classes, (u,) each, users ascending."""
+def aucs_by_user(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> tuple[F64, F64]:
+    """AUCs and rows of the users with both classes, (u,) each, users ascending."""
     values, positive = checked(scores, labels)
     code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     rows = np.bincount(code).astype(np.float64)
@@ -108,7 +87,7 @@ def aucs_by_user(
     # users with both classes; the others have no AUC
     both = (positives > 0) & (positives < rows)
     pairs = positives * (rows - positives)
-    return won[both] / pairs[both], rows[both], positives[both]
+    return won[both] / pairs[both], rows[both]
 
 
 def session_metrics(
@@ -131,9 +110,9 @@ def session_metrics(
     code = np.unique(code[order], return_inverse=True)[1].reshape(-1)  # from 0 again
     values, positive = values[order], positive[order]
     count = int(both.sum())
-    gauc = user_aucs(values, positive, code)["gauc_impressions"]["value"]
     if not count:
         return {"sessions": 0, "ndcg": None, "mrr": None, "hits": None, "gauc": None}
+    aucs = aucs_by_user(values, positive, code)
     first = np.flatnonzero(np.diff(code, prepend=-1))  # (sessions,) where each begins
     place = np.arange(code.size) - first[code]  # (n,) from 0
     # 2. ties: neighbours of one session and score share their mean label
@@ -156,20 +135,24 @@ def session_metrics(
         "ndcg": float(ndcg.mean()),
         "mrr": float((1 / rank).mean()),
         "hits": float((rank <= SESSION_ROWS).mean()),
-        "gauc": gauc,
+        "gauc": float(np.average(aucs[0], weights=aucs[1])),
     }
 
 
 def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> HeadMetrics:
     """All metrics of one head's or baseline's logits in a result file (JSON values; None = undefined)."""
     probability = probabilities(logits)
+    inside = aucs_by_user(logits, labels, users)[0]
     return {
         "n": int(probability.size),
         "auc": auc(logits, labels),
         "log_loss": log_loss(probability, labels),
         "brier": brier(probability, labels),
         "ece": ece(probability, labels),
-        **user_aucs(logits, labels, users),
+        "uauc": {
+            "value": float(inside.mean()) if inside.size else None,
+            "users": int(inside.size),
+        },
     }
 
 

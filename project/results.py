@@ -26,19 +26,10 @@ class Difference(Estimate):
 
 
 class UserMean(TypedDict):
-    """A mean of AUCs inside users, over so many users with both classes and their rows."""
+    """A mean of AUCs inside users, over so many users with both classes."""
 
     value: float | None
     users: int
-    rows: int
-
-
-class UserAucs(TypedDict):
-    """Three means that differ by how users weigh."""
-
-    uauc: UserMean
-    gauc_impressions: UserMean
-    gauc_positives: UserMean
 
 
 class Losses(TypedDict):
@@ -49,11 +40,12 @@ class Losses(TypedDict):
     ece: float | None
 
 
-class HeadMetrics(UserAucs, Losses):
+class HeadMetrics(Losses):
     """All metrics of one head's or baseline's scores of n rows."""
 
     n: int
     auc: float | None
+    uauc: UserMean
 
 
 class Metrics(HeadMetrics):
@@ -133,13 +125,11 @@ class Adaptive(Where, PlanRow):
 
 
 class MomentRow(TypedDict):
-    """Scores inside users; AUC weighted by rows, or every user once; differences of the first, paired."""
+    """Scores inside users, weighted by rows; the difference is paired."""
 
     auc: float | None
-    auc_users: float | None
     ndcg: float | None  # of the first 10
     minus_exit_0: Estimate | None
-    minus_best_baseline: Estimate | None
 
 
 class MomentRows(TypedDict):
@@ -386,14 +376,10 @@ class Load(TypedDict):
     users: int
     requests: int
     requests_per_s: float
-    p50_ms: float | None
     p95_ms: float | None
-    p99_ms: float | None
     errors: int
     error: str | None
     wrong_orders: int
-    probability_distance: float
-    ranker_requests_per_s: float
     overhead: float  # of HTTP and batching
 
 

@@ -18,10 +18,10 @@ def result(
     """A test result; defaults: better than the best baseline, cheaper than the static exit and as accurate."""
     middle = (gain[0] + gain[1]) / 2
     difference = {"baseline": "gbdt", "value": middle, "interval": gain}
-    users = {"value": 0.7, "users": 400, "rows": 900}
+    users = {"value": 0.7, "users": 400}
     head = {
         "split": "test", "fold": None, "n": 900, "auc": 0.75, "auc_interval": [0.73, 0.77], "log_loss": 0.58,
-        "uauc": users, "gauc_impressions": users,
+        "uauc": users,
     }  # fmt: skip
     plan = head | {
         "criterion": "learned", "mean_depth": depth, "auc_drop": drop, "auc_drop_interval": drop_interval,

@@ -2,8 +2,7 @@
 
 In: address, requests (body of /v1/rank and the probabilities expected), users, seconds, and rate, all users' requests
 a second (null: each asks again as soon as it has its response). Nobody asks after `seconds`; who has asked gets a
-response. Out: of each response its second and its milliseconds; errors, wrong orders, and the largest distance of a
-probability from the expected one.
+response. Out: of each response its second and its milliseconds; errors and wrong orders.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ class Driven(TypedDict):
     errors: int
     error: str | None  # the last
     wrong: int
-    distance: float
 
 
 def wrong_order(
@@ -67,7 +65,6 @@ def drive(
         "ms": [],
         "errors": 0,
         "wrong": 0,
-        "distance": 0.0,
         "error": None,
     }
     responses = list[tuple[int, bytes]]()  # number of the request, content
@@ -107,11 +104,6 @@ def drive(
     for k, content in responses:  # when nobody waits for this process any more
         items, expected = json.loads(content)["items"], requests[k]["expected"]
         found["wrong"] += wrong_order(items, expected)
-        for item in items:
-            chance = expected[item["index"]]
-            if chance is not None:
-                apart = abs(item["probability"] - chance)
-                found["distance"] = max(found["distance"], apart)
     return found
 
 

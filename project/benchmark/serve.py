@@ -225,13 +225,9 @@ def load_row(users: int, depth: str, rounds: Sequence[tuple[Driven, float]]) -> 
         "users": users,
         "requests": int(each.size),
         "requests_per_s": rate,
-        "p50_ms": float(np.percentile(each, 50)) if each.size else None,
         "p95_ms": float(np.percentile(each, 95)) if each.size else None,
-        "p99_ms": float(np.percentile(each, 99)) if each.size else None,
         "errors": sum(one["errors"] for one in driven),
         "error": next((one["error"] for one in driven if one["error"]), None),
         "wrong_orders": sum(one["wrong"] for one in driven),
-        "probability_distance": max(one["distance"] for one in driven),
-        "ranker_requests_per_s": ranker,
         "overhead": 1 - rate / ranker,
     }

@@ -21,7 +21,7 @@ from project.evaluation.baselines import Baseline
 from project.evaluation.bootstrap import UserBootstrap
 from project.metrics import aucs_by_user, session_metrics
 from project.request import RankRequest
-from project.results import Estimate, MomentRow, MomentRows
+from project.results import MomentRow, MomentRows
 from project.run import exit_layers_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def moment_rows(
     plans: Plans | None,
     baselines: Sequence[Baseline],
     own_scores: str | None,
-    best_baseline: str | None,
 ) -> MomentRows:
     """Exits, baselines and the plan inside users, from scores and features (n, F) of `moment_requests`' candidates.
 
@@ -108,33 +107,24 @@ def moment_rows(
             logits = baseline.logits(scores["row_id"])
         if logits is not None:
             named[f"baseline {baseline.name}"] = logits
-    return inside_users(
-        named, scores["label"].to_numpy(), scores["user"].to_numpy(), best_baseline
-    )
+    return inside_users(named, scores["label"].to_numpy(), scores["user"].to_numpy())
 
 
-def inside_users(
-    named: dict[str, F64], labels: F64, users: F64, best_baseline: str | None
-) -> MomentRows:
-    """AUC and NDCG@10 inside users of named logits (n,), with paired differences to exit 0 and the best baseline."""
+def inside_users(named: dict[str, F64], labels: F64, users: F64) -> MomentRows:
+    """AUC and NDCG@10 inside users of named logits (n,), with paired differences to exit 0."""
     # AUCs (u,) of users with both labels, and their rows
     aucs = {name: aucs_by_user(logits, labels, users) for name, logits in named.items()}
-    rows = aucs["exit 0"][1]
+    first, rows = aucs["exit 0"]
     bootstrap = UserBootstrap(np.arange(rows.size))
-
-    def minus(name: str, base: str) -> Estimate | None:
-        if name == base or base not in aucs:
-            return None
-        return bootstrap.ratio_interval(rows * (aucs[name][0] - aucs[base][0]), rows)
-
     found = dict[str, MomentRow]()
     for name, logits in named.items():
         means = session_metrics(logits, labels, users)
+        gains = rows * (aucs[name][0] - first)
         found[name] = {
             "auc": means["gauc"],
-            "auc_users": float(aucs[name][0].mean()) if rows.size else None,
             "ndcg": means["ndcg"],
-            "minus_exit_0": minus(name, "exit 0"),
-            "minus_best_baseline": minus(name, f"baseline {best_baseline}"),
+            "minus_exit_0": None
+            if name == "exit 0"
+            else bootstrap.ratio_interval(gains, rows),
         }
     return {"users": int(rows.size), "rows": int(rows.sum()), "scores": found}

@@ -256,8 +256,7 @@ def scored_rows(
         "own_metric": own,
     }
     if moment is not None:
-        name = found["best_baseline"]
-        scored["moment"] = moment_rows(*moment, plans, baselines, log.own_scores, name)
+        scored["moment"] = moment_rows(*moment, plans, baselines, log.own_scores)
     # 4. what only some logs have
     add_comparisons(scored, data.split, baselines, targets, by_name)
     return scored

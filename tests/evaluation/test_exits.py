@@ -136,7 +136,7 @@ def test_exit_rows() -> None:
         (5, "valid", "tune", 12, 0.25),
     ]
     assert rows[0]["auc_interval"] == [0.75, 0.75]
-    assert rows[0]["uauc"] == {"value": 0.75, "users": 3, "rows": 12}
+    assert rows[0]["uauc"] == {"value": 0.75, "users": 3}
     (whole, _) = exit_rows(scores, "valid", draws=0)
     assert (whole["n"], whole["fold"], whole["auc_interval"]) == (36, None, None)
 

@@ -16,12 +16,11 @@ from project.metrics import (
     log_loss,
     probabilities,
     session_metrics,
-    user_aucs,
 )
 
 
 def uauc(*args):
-    return user_aucs(*args)["uauc"]
+    return head_metrics(*args)["uauc"]
 
 
 def sample(n=500, users=20, seed=0, tie=1):
@@ -90,24 +89,6 @@ class TestECE:
 
 
 class TestUserAUC:
-    def test_three_names_three_values(self):
-        """a: 1 (2 rows, 1 positive); b: 1/3 (4, 3); c: 0 (3, 2); d has one class and is left out.
-
-        Unweighted (1 + 1/3 + 0) / 3 = 4/9; by rows (2 + 4/3) / 9 = 10/27; by positives (1 + 1) / 6 = 1/3.
-        """
-        scores = [0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.9, 0.1, 0.2, 0.3]
-        args = (scores, [1, 0, 1, 0, 1, 1, 0, 1, 1, 1], list("aabbbbcccd"))
-        for name, value in (
-            ("uauc", 4 / 9),
-            ("gauc_impressions", 10 / 27),
-            ("gauc_positives", 1 / 3),
-        ):
-            assert user_aucs(*args)[name] == {
-                "value": pytest.approx(value),
-                "users": 3,
-                "rows": 9,
-            }
-
     def test_equals_a_loop_over_users(self):
         """The one-pass ranks equal scikit-learn's AUC user by user, ties included."""
         scores, labels, users = sample(users=60, tie=0)
@@ -139,7 +120,7 @@ class TestHeadMetrics:
         """One class: AUCs None, the rest a number. No rows: all None."""
         found = head_metrics([0.0, 1.0], [1, 1], [0, 1])
         assert found["auc"] is None
-        assert found["uauc"] == {"value": None, "users": 0, "rows": 0}
+        assert found["uauc"] == {"value": None, "users": 0}
         assert found["log_loss"] > 0
         empty = head_metrics([], [], [])
         assert (empty["n"], empty["auc"], empty["log_loss"], empty["ece"]) == (

@@ -59,14 +59,12 @@ def test_inside_users_by_hand() -> None:
         "exit 0": np.array([2.0, 1.0, 1.0, 2.0, 3.0, 4.0, 9.0]),
         "plan": np.array([2.0, 1.0, 1.0, 2.0, 4.0, 0.0, 9.0]),
     }
-    found = inside_users(named, labels, users, None)
+    found = inside_users(named, labels, users)
     assert (found["users"], found["rows"]) == (2, 6)
     first, plan = found["scores"]["exit 0"], found["scores"]["plan"]
     assert first["auc"] == pytest.approx((2 * 1 + 4 * 0.25) / 6)
     assert plan["auc"] == pytest.approx((2 * 1 + 4 * 0.75) / 6)
-    assert plan["auc_users"] == pytest.approx((1 + 0.75) / 2)
     assert first["minus_exit_0"] is None
-    assert plan["minus_best_baseline"] is None
     gain = plan["minus_exit_0"]
     assert gain is not None
     assert gain["value"] == pytest.approx(4 * 0.5 / 6)

@@ -34,13 +34,13 @@ def test_wrong_orders() -> None:
 
 def test_a_row() -> None:
     """Two rounds of 2 s: 4 and 2 answers, so 2 and 1 a second, 1.5 in the median; 2.5 of the ranker: .4 are lost."""
-    clean: dict[str, Any] = {"errors": 0, "error": None, "wrong": 0, "distance": 1e-6}
+    clean: dict[str, Any] = {"errors": 0, "error": None, "wrong": 0}
     rounds = [
         (clean | {"ms": [10.0] * 4, "at": [0.5, 1.0, 1.5, 2.0]}, 2.0),
         (clean | {"ms": [20.0] * 2, "at": [1.0, 2.0], "wrong": 1}, 3.0),
     ]
     row = load_row(8, "full", rounds)
-    assert (row["requests_per_s"], row["ranker_requests_per_s"]) == (1.5, 2.5)
+    assert row["requests_per_s"] == 1.5
     assert (row["p95_ms"], row["wrong_orders"]) == (20, 1)
     assert row["overhead"] == pytest.approx(0.4)
     nothing = load_row(
@@ -56,7 +56,7 @@ def test_a_tiny_run_under_load(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two servers, one and four users: no error, no wrong order, probabilities to 1e-4."""
+    """Two servers, one and four users: no error, no wrong order."""
     monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.setattr(serve, "USERS", (1, 4))
     monkeypatch.setattr(serve, "ROUNDS", 1)
@@ -67,7 +67,6 @@ def test_a_tiny_run_under_load(
     for row in result["serve"]:
         assert row["requests"] > 0
         assert (row["errors"], row["error"], row["wrong_orders"]) == (0, None, 0)
-        assert row["probability_distance"] < 1e-4
     assert json.loads((served_run / "results/benchmark-serve.json").read_text()) == result
     assert "wrong orders" in capsys.readouterr().out
 
