@@ -6,6 +6,5 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-I32 = NDArray[np.int32]
 I8 = NDArray[np.int8]
 Bool = NDArray[np.bool_]

@@ -135,14 +135,11 @@ def compare(run: Path, base: Path, part: Part) -> CompareResult:
                 difference[f"{prefix}auc"] = bootstrap.difference_interval(*both)
                 losses = bootstrap.log_loss_difference_interval(*both)
                 difference[f"{prefix}log_loss"] = losses
-        beside = against in other.raw
         exits.append(
             {
                 "layer": layer,
                 "n": len(labels),
                 **heads.metrics(layer),
-                "against": against if beside else None,
-                "base": other.metrics(against) if beside else None,
                 "difference": difference,
             }
         )

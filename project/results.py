@@ -311,8 +311,6 @@ class Compared(HeadScores):
 
     layer: int
     n: int
-    against: int | None
-    base: HeadScores | None
     difference: dict[str, Estimate]  # of auc, log_loss, calibrated_auc, calibrated_log_loss
 
 

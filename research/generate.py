@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from project.arrays import F32, I32
+from project.arrays import F32
 from project.errors import ConfigError
 from project.run import replace_file
 
@@ -65,7 +66,7 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
 
     # 1. who rates what: activity ~ rank^-1/2, popularity ~ rank^-4/5, ranks in no order of
     # codes
-    def drawn(count: int, exponent: float, size: int) -> I32:
+    def drawn(count: int, exponent: float, size: int) -> NDArray[np.int32]:
         weight = (rng.permutation(count) + 10.0) ** -exponent
         return np.searchsorted(
             np.cumsum(weight / weight.sum())[:-1], rng.random(size)

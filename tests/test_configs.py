@@ -23,18 +23,12 @@ from world import result
 from project.callbacks import ResultFiles
 from project.model.module import ExitRecommender
 from project.model.sharding import FullyShardedStrategy
-from project.retrieval import ItemKNN, NoRetriever, Retriever, TextEncoder
+from project.retrieval import NoRetriever
 from project.trainer import ProjectTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
-RETRIEVERS = sorted((CONFIGS / "retrievers").glob("*.yaml"))
-KINDS: dict[str, type[Retriever]] = {
-    "text": TextEncoder,
-    "item_knn": ItemKNN,
-    "none": NoRetriever,
-}
 Run = Callable[..., None]
 Config = Callable[..., Path]
 
@@ -215,22 +209,6 @@ def test_saved_config_can_be_given_back(
     assert result(second, "fit")["protocol"] == expected["protocol"]
     assert result(second, "fit")["exits"] == expected["exits"]  # the same run once more
     assert (second / "config.yaml").read_text() == (first / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize("overlay", RETRIEVERS, ids=by_name)
-@pytest.mark.parametrize("preset", ["quickstart", "paper"])
-def test_a_preset_gets_the_retriever(
-    preset: str, overlay: Path, made: Callable[..., Any]
-) -> None:
-    recipe = CONFIGS / f"{preset}.yaml"
-    data = made(*given(recipe, overlay))[2]
-    assert type(data.retriever) is KINDS[overlay.stem]
-    said = yaml.safe_load(recipe.read_text())["data"]
-    own = said.get("retriever", {}).get("init_args", {})
-    can_list = overlay.stem == "text"
-    assert data.retriever.similar_every == (own.get("similar_every", 0) if can_list else 0)
-    assert data.prompt.similar == (said["prompt"].get("similar") if can_list else None)
-    assert data.prompt.segment == said["prompt"]["segment"]
 
 
 @pytest.mark.slow

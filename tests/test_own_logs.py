@@ -168,23 +168,6 @@ def test_fit_and_test(run: Run, tmp_path: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_lines_are_enough(run: Run, tmp_path: Path, tiny_model: Path) -> None:
-    """Files and columns: labels are the log's own, the segment shows short item columns and numbers."""
-    config = tiny_settings(tmp_path, tiny_model, tmp_path, name="runs")
-    logs = {
-        "class_path": "project.data.logs.TableLogs",
-        "init_args": write_logs(tmp_path, "csv"),
-    }
-    config["data"] = {"logs": logs, "retriever": "project.retrieval.ItemKNN"}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
-    run("fit", "--config", tmp_path / "own.yaml")
-    folder = tmp_path / "runs" / "version_0"
-    bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
-    numbers = "{item_number+user_number+vote_number+text_number+mf_number}"
-    assert bundle["prompt"]["segment"] == "{title}, {artist}" + numbers
-
-
-@pytest.mark.slow
 def test_clicks_without_dates_or_answers(
     run: Run, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -318,18 +301,6 @@ def test_readme_yaml_makes_a_run_that_every_command_reads(
     with serving(tmp_path, run=folder) as (_, address):
         response = httpx.post(f"{address}/v1/rank", json=ids, timeout=30)
         assert (response.status_code, len(response.json()["items"])) == (200, 2)
-
-
-def test_dates_are_seconds(tmp_path: Path) -> None:
-    """Text and typed dates become the same seconds; 2024-05-17T09:30 UTC is 1,715,938,200."""
-    for form in FORMS:
-        (folder := tmp_path / form).mkdir()
-        times = TableLogs(**write_logs(folder, form)).read().interactions["timestamp"]
-        expected = (
-            START.timestamp() + 60 * (listened()["heard_at"] - START).dt.total_minutes()
-        )
-        assert sorted(times) == sorted(expected.to_list())
-    assert START.timestamp() == 1_715_938_200
 
 
 def test_bad_split_column(

@@ -54,14 +54,11 @@ def fitted(
 
 @pytest.fixture
 def predict(fitted: Path, run: Callable[..., None], tmp_path: Path) -> Predict:
-    """Writes requests as JSONL (or Parquet), runs the command, returns the score table."""
+    """Writes requests, runs the command, returns the score table."""
 
-    def scores(records: list[Record], kind: str = "jsonl") -> pl.DataFrame:
-        path = tmp_path / f"requests.{kind}"
-        if kind == "jsonl":
-            path.write_text("\n".join(map(json.dumps, records)))
-        else:
-            pl.DataFrame(records).write_parquet(path)
+    def scores(records: list[Record]) -> pl.DataFrame:
+        path = tmp_path / "requests.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
         run("predict", *given(fitted), "--data.requests", path, "--results.tag", path.stem)
         return pl.read_parquet(fitted / "scores" / f"predict-{path.stem}.parquet")
 
@@ -170,35 +167,6 @@ def test_rows_at_and_after_the_time_are_not_read(
     )
     read = dict(scores.select("request_id", "stream_tokens").iter_rows())
     assert read["named"] == read["plain"] < read["named, later"]
-
-
-def test_candidates_do_not_see_each_other(predict: Predict) -> None:
-    """An item scores the same alone, among twenty, twice in one request, and beside other requests."""
-    everything = [f"i{k}" for k in range(20)]
-    scores = predict(
-        [
-            request("many", [*everything, "i7"], user_id="u1", time=200.0),
-            request("one", ["i7"], user_id="u1", time=200.0),
-        ]
-    )
-    many = logits(scores, "many")
-    np.testing.assert_allclose(many[7], many[20], atol=1e-5)
-    np.testing.assert_allclose(many[7], logits(scores, "one")[0], atol=1e-4)
-    assert np.ptp(many, axis=0).min() > 0.05
-
-
-def test_parquet(predict: Predict, log: pl.DataFrame) -> None:
-    """Parquet with typed, nullable columns scores as the same requests in JSONL."""
-    plain = [{"item_id": c, "title": None, "year": None} for c in ("i3", "i0")]
-    records = [
-        request("a", [*plain, FRESH], user_id="u1", history=None, time=200.0),
-        request("b", plain, user_id=None, history=history_of(log, "u2", 200.0), time=None),
-        request("c", plain, user_id="nobody", history=None, time=None),
-    ]
-    expected = predict(records)
-    found = predict(records, "parquet")
-    assert found.drop(LOGITS).equals(expected.drop(LOGITS))
-    np.testing.assert_allclose(found.select(LOGITS), expected.select(LOGITS), atol=1e-5)
 
 
 def test_without_a_time_the_whole_log_and_the_whole_history_are_read(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ("*.yaml", "overlays/*.yaml", "retrievers/*.yaml")
+PRESETS = ("*.yaml", "overlays/*.yaml")
 PARTS = ("pyproject.toml", "README.md", "LICENSE")
 
 

@@ -25,7 +25,7 @@ from project.features import (
     logistic_regression,
 )
 from project.metrics import auc, brier, ece, log_loss, probabilities
-from project.results import BaselineRow, Difference, Losses
+from project.results import BaselineRow, Difference
 
 CATEGORIES = 250  # values of a column that boosting tells apart; it takes 255
 Part = tuple[str, str | None]  # a split, and one of valid's folds or None for the whole
@@ -37,39 +37,19 @@ SINGLE_FEATURE = {
 }
 
 
-@dataclass(frozen=True)
-class BaselineCalibration:
-    """slope * logit + offset (Platt 1999), with a slope of at least .001."""
+def platt(logits: F64, labels: NDArray[Any]) -> tuple[float, float] | None:
+    """Slope, at least .001, and offset (Platt 1999) by maximum likelihood on logits and labels (n,).
 
-    slope: float
-    offset: float
-
-    @classmethod
-    def fit(cls, logits: F64, labels: NDArray[Any]) -> BaselineCalibration | None:
-        """Maximum likelihood on logits (n,) and labels (n,) of `select`; None where a class is missing."""
-        share = float(np.mean(labels)) if len(labels) else 0.0
-        if not 0 < share < 1:
-            return None
-        if np.ptp(logits) == 0:  # equal logits determine an offset, not a slope
-            return cls(1.0, float(np.log(share) - np.log(1 - share) - logits[0]))
-        found = fit_calibration(
-            torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False
-        )
-        slope, _, offset = found.values[0].tolist()
-        return cls(slope, offset)
-
-    def apply(self, logits: F64) -> F64:
-        """Calibrated logits (n,)."""
-        return self.slope * logits + self.offset
-
-    def summary(self, logits: F64, labels: ArrayLike) -> Losses:
-        """The `calibrated` part of a baseline's row: losses of logits (n,) after calibration."""
-        chance = probabilities(self.apply(logits))
-        return {
-            "log_loss": log_loss(chance, labels),
-            "brier": brier(chance, labels),
-            "ece": ece(chance, labels),
-        }
+    None where a class is missing.
+    """
+    share = float(np.mean(labels)) if len(labels) else 0.0
+    if not 0 < share < 1:
+        return None
+    if np.ptp(logits) == 0:  # equal logits determine an offset, not a slope
+        return 1.0, float(np.log(share) - np.log(1 - share) - logits[0])
+    found = fit_calibration(torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False)
+    slope, _, offset = found.values[0].tolist()
+    return slope, offset
 
 
 @dataclass(frozen=True)
@@ -190,9 +170,10 @@ def _own_logits(rows: pl.DataFrame, splits: Sequence[str]) -> dict[str, F64]:
     mean = scores["train"].mean()
     spread = scores["train"].std() or 1.0
     standard = {split: (values - mean) / spread for split, values in scores.items()}
-    calibration = BaselineCalibration.fit(standard["train"], train_labels(rows))
+    calibration = platt(standard["train"], train_labels(rows))
     assert calibration is not None  # both labels are among train's
-    return {split: calibration.apply(standard[split]) for split in splits}
+    slope, offset = calibration
+    return {split: slope * standard[split] + offset for split in splits}
 
 
 def known_categories(table: pl.DataFrame, kinds: Mapping[str, str]) -> dict[str, F64]:
@@ -254,10 +235,7 @@ def baseline_rows(
         parts = [*((split, None) for split in splits), *(("valid", fold) for fold in folds)]
     select = targets_of(rows, "valid", "select")
     liked = select["label"].to_numpy()
-    calibrations = [
-        BaselineCalibration.fit(baseline.logits(select["row_id"]), liked)
-        for baseline in baselines
-    ]
+    calibrations = [platt(b.logits(select["row_id"]), liked) for b in baselines]
     found = list[BaselineRow]()
     for split, fold in parts:
         part = targets_of(rows, split, fold)
@@ -274,7 +252,13 @@ def baseline_rows(
                 "chosen": baseline.chosen,
             }
             if calibration is not None and fold != "select":
-                row["calibrated"] = calibration.summary(logits, labels)
+                slope, offset = calibration
+                chance = probabilities(slope * logits + offset)
+                row["calibrated"] = {
+                    "log_loss": log_loss(chance, labels),
+                    "brier": brier(chance, labels),
+                    "ece": ece(chance, labels),
+                }
             found.append(row)
     return found
 

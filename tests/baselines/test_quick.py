@@ -15,10 +15,10 @@ from project.errors import DataError
 from project.evaluation.baselines import (
     FEATURES,
     Baseline,
-    BaselineCalibration,
     baseline_rows,
     best_baseline,
     fit_baselines,
+    platt,
     targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
@@ -264,21 +264,10 @@ def test_only_tune_decides_which_baseline_is_best() -> None:
     assert best_baseline(baselines, rows.with_columns(label=pl.lit(1))) is None
 
 
-def calibrated(logits: np.ndarray, labels: np.ndarray) -> BaselineCalibration:
-    found = BaselineCalibration.fit(logits, labels)
-    assert found is not None
-    return found
-
-
 def test_golden_calibration() -> None:
     """At logit 1 three of four are liked, at -1 one of four: slope log 3, offset 0, so the chances are 3/4 and 1/4."""
     logits, labels = np.repeat([1.0, -1.0], 4), np.array([1, 1, 1, 0, 0, 0, 0, 1])
-    found = calibrated(logits, labels)
-    assert (found.slope, found.offset) == pytest.approx((np.log(3), 0), abs=1e-6)
-    summary = found.summary(logits, labels)
-    assert summary["log_loss"] == pytest.approx(-(3 * np.log(0.75) + np.log(0.25)) / 4)
-    assert summary["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
-    assert summary["ece"] == pytest.approx(0, abs=1e-6)
+    assert platt(logits, labels) == pytest.approx((np.log(3), 0), abs=1e-6)
 
 
 def test_calibration_at_its_borders() -> None:
@@ -287,16 +276,13 @@ def test_calibration_at_its_borders() -> None:
     Where select does not determine the slope it is 1, and the offset gives select's share of likes, here 1/4. Without
     both classes there is no calibration, rather than an infinite one.
     """
-    logits, labels = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1, 1, 0, 0])
-    found = calibrated(logits, labels)
-    assert found.slope == pytest.approx(1e-3)
-    assert auc(found.apply(logits), labels) == 0.0
-    constant = calibrated(np.full(4, 2.0), np.array([1, 0, 0, 0]))
-    assert constant.apply(np.array([2.0, 3.0])) == pytest.approx(
-        [np.log(1 / 3), np.log(1 / 3) + 1]
-    )
+    found = platt(np.array([0.0, 1.0, 2.0, 3.0]), np.array([1, 1, 0, 0]))
+    assert found is not None
+    assert found[0] == pytest.approx(1e-3)
+    constant = platt(np.full(4, 2.0), np.array([1, 0, 0, 0]))
+    assert constant == pytest.approx((1, np.log(1 / 3) - 2))
     for one in ([], [1, 1], [0, 0]):
-        assert BaselineCalibration.fit(np.arange(float(len(one))), np.array(one)) is None
+        assert platt(np.arange(float(len(one))), np.array(one)) is None
 
 
 def test_remembered_draws_are_those_of_the_scores() -> None:

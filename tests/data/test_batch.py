@@ -5,14 +5,13 @@ Prompts are characters, so what a target reads can be compared as text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from world import dense_mask, read_split, streams_without_retrieved, text_of
 
 from project.data.batch import (
@@ -24,7 +23,7 @@ from project.data.batch import (
     window_tokens,
 )
 from project.data.protocol import Protocol
-from project.data.stream import Streams, Window
+from project.data.stream import Streams
 from research.packing import prompts_of
 
 KINDS = ("global_time", "user_time", "random", "leave_last")
@@ -71,23 +70,6 @@ def test_groups_start_together(any_split: Streams) -> None:
             ]
             assert set(starts) == {expected}
             expected += int((group == g).sum())
-
-
-def test_packed_equals_alone(any_split: Streams, hidden: Callable[..., Any]) -> None:
-    """A random backbone gives a target the same hidden state packed among others and in a window of its own."""
-    windows = any_split.evaluation(300)[:6]
-    together = hidden(pack(any_split, windows))
-    for s, w in windows:
-        first = any_split.offsets[s]
-        time = any_split.timestamp[first : any_split.offsets[s + 1]]
-        for p in range(w.first, w.last):
-            if not any_split.target[first + p]:
-                continue
-            earlier = w.positions[time[w.positions] < time[p]]
-            stop = int(earlier[-1]) + 1 if len(earlier) else w.start
-            alone = hidden(pack(any_split, [(s, Window(w.start, stop, p, p + 1))]))
-            ((row, state),) = alone.items()
-            torch.testing.assert_close(state, together[row], atol=1e-4, rtol=0)
 
 
 def test_batches_hold_numbers_of_their_rows(any_split: Streams) -> None:

@@ -715,13 +715,3 @@ def test_real_counts(logs: Any, protocol: Protocol, counts: Any, context: Any) -
     manifest = apply_protocol(build_interactions(logs.read(), protocol), protocol).manifest
     assert tuple(manifest["counts"].values()) == counts
     assert context is None or tuple(manifest["context"].values()) == context
-
-
-@pytest.mark.real
-def test_real_shares() -> None:
-    """ML-100K by time: 85.4 % cold users in test, 197 validation users, 75.8 % ties, 55.4 % positive."""
-    split = apply_protocol(build_interactions(MovieLens100K().read(), FIVE), FIVE)
-    assert round(split.manifest["cold_user_share"]["test"], 3) == 0.854
-    assert sum(fold["users"] for fold in split.manifest["folds"].values()) == 197
-    assert round(split.manifest["tie_share"], 3) == 0.758
-    assert round(split.rows["label"].mean(), 3) == 0.554  # type: ignore[arg-type, call-overload]
