@@ -79,9 +79,10 @@ def grown_log(run: Path, store: EventStore, warm: bool = False) -> tuple[Path, i
         if isinstance(what, Deleted):
             gone = pl.col("timestamp") <= what.timestamp
             if what.item_id is not None:
-                gone = (pl.col("timestamp") == what.timestamp) & (
-                    (pl.col("item_id") == what.item_id) & (pl.col("label") == what.label)
-                )
+                gone &= pl.col("item_id") == what.item_id
+            if what.label is not None:
+                same = pl.col("timestamp") == what.timestamp
+                gone &= same & (pl.col("label") == what.label)
             old = old.filter(~((pl.col("user_id") == what.user_id) & gone))
     columns = ["user_id", "item_id", "timestamp", "label", "rating"]
     interactions = pl.concat([old.sort("row_id").select(columns), events.select(columns)])

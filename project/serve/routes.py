@@ -323,7 +323,8 @@ class Desk:
         texts = [text for item in items for text in item.values()]
         texts += [event.item_id for event in kept]
         with self.backlog.writing(sum(map(len, texts)), titles=bool(items)):
-            added = await run_in_threadpool(self.store.add, kept, items)
+            replacing = {event.event_id for event in events if event.replaces}
+            added = await run_in_threadpool(self.store.add, kept, items, replacing)
         self.metrics.events.inc(added.new)
         return added
 

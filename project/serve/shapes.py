@@ -493,6 +493,8 @@ class EventBody(ItemBody):
     rating: Finite | None = None
     label: Label | None = None
     timestamp: Finite = Field(ge=0, description="Seconds since 1970.")
+    # the user's rows of the item dated until then
+    replaces: bool = False
 
 
 class GorseFeedback(BaseModel):
@@ -567,5 +569,5 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
 
 def new_items(events: Sequence[EventBody]) -> list[dict[str, str]]:
     """Items that events bring a title of."""
-    own = {"event_id", "user_id", "rating", "label", "timestamp", "context"}
+    own = {"event_id", "user_id", "rating", "label", "timestamp", "context", "replaces"}
     return [e.model_dump(exclude=own, exclude_none=True) for e in events if e.title]

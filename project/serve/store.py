@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
 
 class Deleted(NamedTuple):
-    """What a user's rows were deleted by: all dated until `timestamp`, or one of this item, label and time."""
+    """What a user's rows were deleted by: all dated until `timestamp`, all of this item, or one of label and time."""
 
     user_id: str
     timestamp: float
@@ -54,8 +54,8 @@ class Deleted(NamedTuple):
 
     def covers(self, item_id: str, label: int, timestamp: float) -> bool:
         """Whether it is about this row of the user."""
-        if self.item_id is None:
-            return timestamp <= self.timestamp
+        if self.label is None:
+            return timestamp <= self.timestamp and self.item_id in (None, item_id)
         return (item_id, label, timestamp) == (self.item_id, self.label, self.timestamp)
 
 
@@ -109,7 +109,7 @@ DELETED = sa.Table(
     "deleted",
     TABLES,
     sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
-    # of the event that was deleted; 0: all rows of the user
+    # of the event that was deleted; 0: rows of the log, too
     sa.Column("event_seq", sa.BigInteger, nullable=False),
     sa.Column("user_id", sa.Text, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
@@ -173,8 +173,16 @@ class EventStore:
                     f"--db is {shown}, {text}; expected a database of its own."
                 )
 
-    def add(self, events: Sequence[Event], items: Sequence[dict[str, str]] = ()) -> Added:
-        """Keep items, then events. An event whose event_id is known changes nothing."""
+    def add(
+        self,
+        events: Sequence[Event],
+        items: Sequence[dict[str, str]] = (),
+        replacing: Set[str] = frozenset(),
+    ) -> Added:
+        """Keep items, then events. An event whose event_id is known changes nothing.
+
+        New ones of the event_ids `replacing` replace the user's rows of their items dated until then.
+        """
         self.put_items(items)
         rows = dict[str, Event]()
         conflict = list[str]()
@@ -184,7 +192,9 @@ class EventStore:
                 conflict.append(event.event_id)
         # 2. and among all
         new, known = self._write(
-            EVENTS.c.event_id, {name: event._asdict() for name, event in rows.items()}
+            EVENTS.c.event_id,
+            {name: event._asdict() for name, event in rows.items()},
+            replacing,
         )
         conflict += [name for _, name, *rest in known if rows[name] != Event(name, *rest)]
         return Added(new, sorted(set(conflict)))
@@ -209,7 +219,10 @@ class EventStore:
         self._write(USERS.c.user_id, rows)
 
     def _write(
-        self, key: sa.Column[str], rows: dict[str, dict[str, Any]]
+        self,
+        key: sa.Column[str],
+        rows: dict[str, dict[str, Any]],
+        replacing: Set[str] = frozenset(),
     ) -> tuple[int, list[Any]]:
         """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys."""
         known = list[Any]()
@@ -234,6 +247,21 @@ class EventStore:
             ]
             if new:
                 connection.execute(sa.insert(key.table), new)
+            # 4. what they replace; a deletion comes before the event of its `seq`
+            for row in new:
+                if row.get("event_id") in replacing:
+                    what = Deleted(row["user_id"], row["timestamp"], row["item_id"])
+                    earlier = (
+                        EVENTS.c.user_id == what.user_id,
+                        EVENTS.c.item_id == what.item_id,
+                        EVENTS.c.timestamp <= what.timestamp,
+                        EVENTS.c.seq.between(1, row["seq"] - 1),
+                    )
+                    # below 0: it does not come any more, but its event_id stays known
+                    taken = sa.update(EVENTS).where(*earlier).values(seq=-EVENTS.c.seq)
+                    connection.execute(taken)
+                    gone = {"seq": row["seq"], "event_seq": 0, **what._asdict()}
+                    connection.execute(sa.insert(DELETED).values(gone))
         return len(new), known
 
     def delete(self, user_id: str | None = None, event_id: str | None = None) -> int:
@@ -252,12 +280,12 @@ class EventStore:
                 connection.execute(sa.delete(USERS).where(USERS.c.user_id == user_id))
                 # events may be dated ahead
                 what = Deleted(user_id, time.time() + AHEAD)
-            elif gone:
+            elif gone and gone[0].seq > 0:
                 event = Event(*gone[0][1:])
                 event_seq = gone[0].seq
                 what = Deleted(event.user_id, event.timestamp, event.item_id, event.label)
             else:
-                return 0
+                return len(gone)
             row = {"seq": seq, "event_seq": event_seq, **what._asdict()}
             connection.execute(sa.insert(DELETED).values(row))
         return len(gone)

@@ -257,6 +257,37 @@ def test_a_deleted_user_is_unknown(
     assert (now["rows"], now["title"]) == (before["rows"] + 1, before["title"])
 
 
+def test_a_correction_replaces_a_row(
+    ranker: Ranker, served_run: Path, tmp_path: Path
+) -> None:
+    """Of the log or an event: two servers of one store read the new label alone, in history, counts and features."""
+    store = EventStore(f"sqlite:///{tmp_path}/events.db")
+    store.add([Event("b", "somebody", "i7", 0, 2001.0)])
+    ranker.follow(store)
+    history = ranker.history_of("u1")
+    items = ["i7", "i7", *(row["item_id"] for row in history)]
+    row = next(row for row in history if items.count(row["item_id"]) == 1)
+    before = ranker.item(row["item_id"])
+    assert before is not None
+    turned = Event("x", "u1", row["item_id"], 1 - row["label"], row["time"])
+    corrected = [turned, Event("y", "somebody", "i7", 1, 2002.0)]
+    store.add(corrected, replacing={"x", "y"})
+    restarted = Ranker.load(served_run, audit_share=0.0)
+    for made in (ranker, restarted):
+        made.follow(store)
+        own = [r for r in made.history_of("u1") if r["item_id"] == row["item_id"]]
+        assert own == [row | {"label": turned.label}]
+        (answer,) = made.history_of("somebody")
+        assert (answer["label"], answer["time"]) == (1, 2002.0)
+        likes = before["likes"] + turned.label - row["label"]
+        assert made.item(row["item_id"]) == before | {"likes": likes}
+    asked = [RankRequest(user, None, ["i3", "i7"]) for user in ("u1", "u2", "somebody")]
+    one, other = (made.rank_after_log(asked) for made in (ranker, restarted))
+    for found, expected in zip(one, other, strict=True):
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        np.testing.assert_equal(found.features, expected.features)
+
+
 def test_events_stand_in_prompts_as_the_walk_sees_them(ranker: Ranker) -> None:
     """A new user's events make the history that a request brings: the same segments but for the others' counts."""
     past = [(f"i{k % 20}", k % 2, 3000.0 + k) for k in range(8)]

@@ -86,3 +86,11 @@ def test_a_refit_has_the_events(
     assert left.filter(user_id="somebody")["item_id"].to_list() == ["no title"]
     assert left.filter(user_id="u2").height == 0 < users.eq("u2").sum()
     assert left.height == new.rows.height - users.eq("u2").sum() - 1 + 1
+    # of a corrected row the correction is left
+    row = left.filter(user_id="u1").row(0, named=True)
+    found = Event("x", "u1", row["item_id"], 1 - row["label"], row["timestamp"])
+    store.add([found], replacing={"x"})
+    again = pl.read_parquet(grown_log(folder, store)[0].parent / "interactions.parquet")
+    own = again.filter(user_id="u1", item_id=row["item_id"], timestamp=row["timestamp"])
+    assert own["label"].to_list() == [found.label]
+    assert again.height == left.height

@@ -137,7 +137,7 @@ def test_writes_of_new_texts_are_bounded(client: Make) -> None:
 
 
 def test_operators_read_and_delete(client: Make) -> None:
-    """A user's rows, once; an event, whose id is free then; an item that nobody knows is an error."""
+    """A user's rows, once; an event, whose id is free then, or is replaced; an item that nobody knows is an error."""
     make = client()
     second = EVENT | {"event_id": "a/b", "item_id": "i1"}
     make.post("/v1/events", json=[EVENT, second, EVENT | {"user_id": "v", "event_id": "f"}])
@@ -148,6 +148,9 @@ def test_operators_read_and_delete(client: Make) -> None:
     assert not make.get("/v1/users/u").json()["known"]
     assert len(make.get("/v1/users/v").json()["history"]) == 1
     assert make.post("/v1/events", json=[second | {"label": 0}]).json()["conflict"] == []
+    fixed = EVENT | {"event_id": "g", "user_id": "v", "label": 0, "replaces": True}
+    assert make.post("/v1/events", json=[fixed]).json() == {"new": 1, "conflict": []}
+    assert [r["label"] for r in make.get("/v1/users/v").json()["history"]] == [0]
     assert make.get("/v1/items/i1").json()["title"] == "Alien"
     unknown = make.get("/v1/items/i0")
     assert (unknown.status_code, "i0" in unknown.json()["error"]) == (404, True)

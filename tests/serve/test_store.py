@@ -197,6 +197,27 @@ def test_deletions(url: str) -> None:
         assert [d.item_id for d in everything if isinstance(d, Deleted)] == [None, None]
 
 
+def test_an_event_replaces_earlier_ones_of_its_item(url: str) -> None:
+    """As dated, of the user alone, those sent with it, too; once more it changes nothing, and it deletes log rows."""
+    with closing(EventStore(url)) as store:
+        first, other = event("a"), event("b")._replace(item_id="i2")
+        later = event("c")._replace(timestamp=9.0)
+        store.add([first, other, later, event("dd")])
+        read = store.arrivals(0)[0]
+        twice = [event("e", 0), event("f", 0)]
+        for _ in range(2):
+            store.add(twice, replacing={"f", "b"})
+        gone = Deleted("u1", 1.5, "i1")
+        assert store.arrivals(read)[1] == [gone, twice[1]]
+        assert store.arrivals(0)[1] == [other, later, event("dd"), gone, twice[1]]
+        assert [gone.covers("i1", 1, t) for t in (1.0, 1.5, 2.0)] == [True, True, False]
+        assert not gone.covers("i2", 1, 1.0)
+        # one that was replaced is known, and deleting it touches no other
+        assert store.add([event("a")]) == Added(0, [])
+        last = store.arrivals(0)[0]
+        assert (store.delete(event_id="a"), store.arrivals(last)[1]) == (1, [])
+
+
 def test_a_database_from_before_events_had_context_and_rating(url: str) -> None:
     """The columns are added: its events have none, new ones keep theirs, and another context is a conflict."""
     with closing(EventStore(url)) as store:
