@@ -202,6 +202,9 @@ class Scored:
     run: str = ""
     full_depth: bool = False  # the drift alarm is on
     batch: int = 1  # requests that were scored together
+    # an equal part of what scoring them took: CPU seconds of all threads, and seconds
+    cpu_seconds: float = 0.0
+    busy_seconds: float = 0.0
 
     @classmethod
     def failed(

@@ -381,7 +381,14 @@ class Load(TypedDict):
     overhead: float  # of HTTP and batching
 
 
-class ServeRow(Load):
+class Cost(TypedDict, total=False):
+    """Of scoring 1,000 requests, CPU seconds of all threads, and seconds; absent in files of before it was measured."""
+
+    cpu_seconds: float | None  # None: nothing was answered
+    busy_seconds: float | None
+
+
+class ServeRow(Load, Cost):
     """Beside full depth."""
 
     candidates: int

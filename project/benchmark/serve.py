@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from project.data.requests import catalogue_requests
 from project.errors import ConfigError
 from project.report.tables import render
 from project.request import RankRequest, Scored, id_of
-from project.results import Head, Load, ServeResult, ServeRow
+from project.results import Cost, Head, Load, ServeResult, ServeRow
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
 from project.serve.settings import ServeSettings
@@ -134,6 +135,23 @@ def with_expected(requests: Sequence[RankRequest], ranked: Sequence[Scored]) -> 
     return sent
 
 
+def spent_by(address: str) -> tuple[float, ...]:
+    """What /metrics of a server says: requests scored, CPU seconds and seconds of scoring them."""
+    with urlopen(f"{address}/metrics", timeout=LOADING) as response:
+        text = response.read().decode()
+    names = "batch_requests_count", "cpu_seconds_total", "busy_seconds_total"
+    found = (re.search(rf"^exitrec_{name} (\S+)", text, re.M) for name in names)
+    return tuple(float(one[1]) for one in found if one)
+
+
+def cost_of(counts: Sequence[tuple[float, ...]]) -> Cost:
+    """CPU seconds and seconds of 1,000 requests, of counts (requests, CPU seconds, seconds) before and after rounds."""
+    requests, cpu, busy = np.diff(np.reshape(counts, (-1, 2, 3)), axis=1).sum(axis=(0, 1))
+    if not requests:
+        return {"cpu_seconds": None, "busy_seconds": None}
+    return {"cpu_seconds": 1000 * cpu / requests, "busy_seconds": 1000 * busy / requests}
+
+
 def ranker_rate(
     ranker: Ranker, requests: Iterator[RankRequest], at_once: int, seconds: float
 ) -> float:
@@ -170,6 +188,7 @@ def run_load(run: Path, seconds: float) -> ServeResult:
     endless = {depth: cycle(asked[depth]) for depth in DEPTHS}
     # 2. rounds
     found = dict[tuple[int, str], list[tuple[Driven, float]]]()
+    costs = dict[tuple[int, str], list[tuple[float, ...]]]()  # before and after, in turns
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         full, plan = (
             stack.enter_context(serving(run, whole, Path(folder)))[1]
@@ -187,7 +206,10 @@ def run_load(run: Path, seconds: float) -> ServeResult:
         for _ in range(ROUNDS):
             for users in USERS:
                 for depth, address in servers.items():
+                    cost = costs.setdefault((users, depth), [])
+                    cost.append(spent_by(address))
                     driven = drive(address, sent[depth], users=users, seconds=part)
+                    cost.append(spent_by(address))
                     ranker.full_depth = depth == "full"
                     alone = ranker_rate(ranker, endless[depth], users, part)
                     found.setdefault((users, depth), []).append((driven, alone))
@@ -199,6 +221,7 @@ def run_load(run: Path, seconds: float) -> ServeResult:
         rows.append(
             {
                 **load,
+                **cost_of(costs[users, depth]),
                 "candidates": len(requests[0].candidates),
                 "audit_share": 0.0 if depth == "full" else AUDIT_SHARE,
                 "token_layer_speedup": spent["full"] / spent[depth],

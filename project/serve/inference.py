@@ -244,11 +244,17 @@ class Served:
         ranker = self._ranker
         ranker.follow(self.store, embed=False)
         # 1. requests are scored together
+        began = time.perf_counter()
+        cpu = time.process_time()
         requests = [payload for payload in batch if isinstance(payload, RankRequest)]
         scored: list[Scored] = (
             ranker.rank_after_log(requests, embed=False) if requests else []
         )
         together = sum(not one.waits_for for one in scored)
+        cost: dict[str, Any] = {
+            "cpu_seconds": (time.process_time() - cpu) / max(together, 1),
+            "busy_seconds": (time.perf_counter() - began) / max(together, 1),
+        }
         ranked = iter(scored)
         # 2. all answers, in order
         run = "/".join(Path(ranker.about["run"]).parts[-2:])
@@ -256,7 +262,7 @@ class Served:
         for payload in batch:
             match payload:
                 case RankRequest():
-                    answers.append(replace(next(ranked), run=run, batch=together))
+                    answers.append(replace(next(ranked), run=run, batch=together, **cost))
                 case ("user", name):
                     answers.append(
                         {

@@ -79,6 +79,8 @@ class Metrics:
         self.batch = histogram(
             "exitrec_batch_requests", "Requests scored together", buckets=sizes
         )
+        self.cpu = counter("exitrec_cpu_seconds", "CPU seconds of scoring")
+        self.busy = counter("exitrec_busy_seconds", "Seconds of scoring")
         self.layers = counter("exitrec_token_layers", "Token-layers that ran")
         self.full = counter("exitrec_full_depth_token_layers", "Token-layers of full depth")
         self.histories = counter(
@@ -98,6 +100,8 @@ class Metrics:
         for layer in set(layers):
             self.exits.labels(layer).inc(layers.count(layer))
         self.batch.observe(found.batch)
+        self.cpu.inc(found.cpu_seconds)
+        self.busy.inc(found.busy_seconds)
         self.layers.inc(found.token_layers)
         self.full.inc(found.full_depth_token_layers)
         if found.cached is not None:

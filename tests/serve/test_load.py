@@ -49,6 +49,13 @@ def test_a_row() -> None:
     assert (nothing["p95_ms"], nothing["errors"], nothing["error"]) == (None, 3, "503")
 
 
+def test_what_requests_cost() -> None:
+    """Two rounds of 10 requests, 5 and 3 CPU seconds, 2 seconds each: 400 and 200 of 1,000; of none it is undefined."""
+    counts = [(5.0, 1.0, 1.0), (15.0, 6.0, 3.0), (0.0, 0.0, 0.0), (10.0, 3.0, 2.0)]
+    assert serve.cost_of(counts) == {"cpu_seconds": 400.0, "busy_seconds": 200.0}
+    assert serve.cost_of(counts[:1] * 2)["cpu_seconds"] is None
+
+
 @pytest.mark.slow
 def test_a_tiny_run_under_load(
     served_run: Path,
@@ -67,6 +74,7 @@ def test_a_tiny_run_under_load(
     for row in result["serve"]:
         assert row["requests"] > 0
         assert (row["errors"], row["error"], row["wrong_orders"]) == (0, None, 0)
+        assert row["cpu_seconds"]
     assert json.loads((served_run / "results/benchmark-serve.json").read_text()) == result
     assert "wrong orders" in capsys.readouterr().out
 
