@@ -35,6 +35,7 @@ from project.evaluation.result import (
     scored_rows,
 )
 from project.exits.budget import calibrate
+from project.exits.criteria import StaticExit
 from project.exits.plan import (
     CHECKPOINT_KEY,
     ExitSettings,
@@ -213,7 +214,8 @@ class ExitCalibration(L.Callback):
     ) -> Lists:
         """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
         settings = self.settings
-        if not settings.lists or trainer.world_size > 1:
+        static = isinstance(settings.criterion, StaticExit)
+        if static or not settings.lists or trainer.world_size > 1:
             return Lists()
 
         def scored(fold: str) -> ScoredRequests:

@@ -407,8 +407,8 @@ def known_at(rows: pl.DataFrame) -> F64:
 def until_known(rows: pl.DataFrame) -> pl.DataFrame:
     """Rows in order of user and time as prompts show them, with other `timestamp` and `known_at`.
 
-    A row that is asked before all earlier ones of its user are known stands at their time, and is known with them: so
-    what stands earlier in a stream is known.
+    Rows that are asked before a user's earlier answers are known form one group: it has the first row's time, and is
+    known when the last one is. So what stands earlier in a stream is known.
     """
     ended = pl.col("known_at").cum_max().shift(1).over("user")
     begins = (pl.col("timestamp") > ended).fill_null(True).cum_sum()

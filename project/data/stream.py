@@ -137,7 +137,7 @@ class Streams:
     target: Bool  # (n,) whether a head is to score the segment
     context: Bool  # (n,) whether later segments may see it
     tokens: Ragged  # n + s token lists; the last ones are each stream's instruction
-    slots: I64  # (n,) index of the answer slot inside each segment
+    slots: I64  # (n,) index of the token in each segment that heads read
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -7,6 +7,7 @@ from project.exits.criteria import (
     Learned,
     Ratio,
     RatioConsistency,
+    StaticExit,
     confidence_table,
     out_of_fold_confidence,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Learned",
     "Ratio",
     "RatioConsistency",
+    "StaticExit",
     "confidence_table",
     "out_of_fold_confidence",
     "threshold_path",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def row_tokens(scores: pl.DataFrame, prefix_cached: bool) -> Tensor:
-    """Tokens that run per layer where each of a score table's n rows is a request, (n,): the history's unless cached.
+    """Tokens (n,) that each row runs a layer as a request of its own: its segment's, and the history's unless cached.
 
     A row that leaves at layer k costs k times as many token-layers.
     """

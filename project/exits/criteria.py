@@ -102,11 +102,29 @@ class Ratio(Criterion):
         return outputs.logits[:, -1].abs()
 
 
+class StaticExit(Criterion):
+    """Everybody leaves at one layer: what a report recommends where no other criterion is worth its trouble.
+
+    The budget does not decide, and the best k leave there, too.
+
+    Args:
+        layer: One of the exit layers, or 0 for exit 0.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def confidence(self, outputs: HeadOutputs) -> Tensor:
+        """(n,) 0 at the layer, -inf elsewhere."""
+        here = 0.0 if outputs.layers[-1] == self.layer else -torch.inf
+        return torch.full_like(outputs.logits[:, -1], here)
+
+
 class Consistency(Criterion):
     """Minus the largest |p_j - p_(j-1)| over the last heads: the score stopped moving.
 
     Args:
-        heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
+        heads: Number of last changes that count, at least 1; no row leaves before head index `heads`.
     """
 
     def __init__(self, heads: int = 1) -> None:
@@ -127,7 +145,7 @@ class RatioConsistency(Consistency):
     The rule of the paper: both conditions must hold. Quantiles put them on one scale.
 
     Args:
-        heads: Number of last changes that count, at least 1; the first decision is at head number `heads`.
+        heads: Number of last changes that count, at least 1; no row leaves before head index `heads`.
     """
 
     def fit(self, outputs: HeadOutputs) -> None:

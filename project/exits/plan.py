@@ -210,8 +210,8 @@ class Plans:
     """The plans of a run, as its checkpoint keeps them.
 
     `plan` is in use, `certified` the fastest that the certificate reached, None where its first test failed.
-    `static_exit` is the layer of the static exit of equal accuracy. `lists` lets candidates leave by `plan`'s heads
-    where the best k are asked for.
+    `static_exit` is the layer of the static exit of equal accuracy: the shallowest that is nearly as good as the best
+    on tune. `lists` lets candidates leave by `plan`'s heads where the best k are asked for.
     """
 
     plan: ExitPlan

@@ -182,6 +182,8 @@ def threshold_grid(confidence: F64) -> list[float]:
     ordered = ordered[ordered > -np.inf]
     if not ordered.size:
         return [np.inf]  # the criterion cannot decide here
+    if ordered[0] == ordered[-1] and ordered.size == confidence.size:
+        return [np.inf, -np.inf]  # all alike
     # how many rows leave at each threshold: few at first, then ever larger steps
     last = np.round(confidence.size * (np.arange(1, SHARES) / SHARES) ** 1.5).astype(
         np.int64

@@ -94,6 +94,8 @@ def decide(result: ScoredResult, rows: Sequence[Line] = ()) -> Answer:
         return Answer("no_llm", "exit 0" if near else gain["baseline"], how, gain=gain)
     if plan is None:
         return Answer("exit", layer=chosen, gain=gain)
+    if plan["criterion"] == "static_exit":
+        return Answer("plan", gain=gain)
     # 3. the plan is better than the best baseline: it must beat the static exit of equal
     # accuracy, too
     bounds = plan["static_exit"]["auc_gain_interval"]

@@ -16,7 +16,7 @@ from project.errors import ConfigError, DataError
 from project.exits.budget import TuneFold
 from project.exits.budget import calibrate as budget_calibrate
 from project.exits.certificate import Certificate, CertificateSettings, certify
-from project.exits.criteria import Consistency, Learned, Ratio
+from project.exits.criteria import Consistency, Learned, Ratio, StaticExit
 from project.exits.plan import ExitPlan, ExitSettings, Plans
 from project.exits.policy import Policy
 from project.run import score_table
@@ -136,6 +136,24 @@ def test_named_criterion_decides(scores: pl.DataFrame) -> None:
     assert found["chosen"] == "consistency"
     assert sorted(p["criterion"] for p in found["policies"]) == ["consistency", "ratio"]
     assert found["policies"][0]["settings"]["init_args"] == {"heads": 2}
+
+
+@pytest.mark.parametrize("head", [0, 2, -1])
+def test_static_exit(valid: Any, head: int) -> None:
+    """Whatever the budget says, and with however few users: everybody leaves there, with that head's logit."""
+    layer = calibrate(*valid, budget(), "hash").plan.layers[head]
+    found = calibrate(*valid, budget(criterion=StaticExit(layer)), "hash")
+    left, logits = found.plan.emitted(outputs := found.plan.outputs(*valid))
+    assert set(left.tolist()) == {layer}
+    assert torch.equal(logits, outputs.logits[:, head])
+    # the engine knows it from the threshold alone
+    assert set(thresholds(found.plan)) == {np.inf, -np.inf}
+    assert found.document["budget_words"] is None
+
+
+def test_static_exit_is_an_exit(valid: Any) -> None:
+    with pytest.raises(ConfigError, match=r"layer is 5; expected one of the exits \(0, 2"):
+        calibrate(*valid, budget(criterion=StaticExit(5)), "hash")
 
 
 def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> None:
