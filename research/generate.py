@@ -4,6 +4,8 @@ Activity of users and popularity of items follow power laws, users and items arr
 vector that turns slowly, an item's is that of its topic plus its own, and a title's words name the topic. So earlier
 labels, similar users and text each tell something, and what is new is told by text alone.
 
+With --drift topics come into fashion and go out of it, so that what a title's words say of a like changes with time.
+
 With --context or --users the log is one of clicks that depend on where and on what device an item is shown, on the
 user's country and the item's category together, and weakly on popularity; hour, price and age tell nothing.
 """
@@ -22,6 +24,7 @@ from project.errors import ConfigError
 from project.run import replace_file
 
 DIM, TOPICS, WORDS = 8, 40, 6  # of taste; of items; of a topic
+FASHIONS = 2 * np.pi  # turn of topics' fashion over the log's time
 SPAN = 3 * 365 * 86_400  # seconds that the log takes
 TURN = np.pi / 3  # of a user's taste over this time
 # deviation of users' and items' log-odds, of taste's; the topic's share of it
@@ -52,11 +55,14 @@ DEVICES, PLACEMENTS = ("phone", "tablet", "pc"), ("home", "search", "mail", "sid
 COUNTRIES, CATEGORIES = 6, 8
 
 
-def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
+def generate(
+    rows: int, seed: int = 0, drift: float = 0.0
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Interactions (user_id, item_id, timestamp, label, chance), by time, and items (item_id, title).
 
-    `chance` is the probability that `label` was drawn with. There are rows / 50 users and 5 sqrt(rows) items. A user
-    rates an item once, so a log of less than some thousand rows may be shorter.
+    `chance` is the probability that `label` was drawn with; `drift` is the deviation of topics' log-odds at a time,
+    which turn once over the log: a third of its time later they are others. There are rows / 50 users and 5 sqrt(rows)
+    items. A user rates an item once, so a log of less than some thousand rows may be shorter.
     """
     rng = np.random.default_rng(seed)
     users, items = rows // 50, int(5 * rows**0.5)
@@ -103,12 +109,17 @@ def generate(rows: int, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
     first, second = normal(users, DIM), normal(users, DIM)
     user_bias, item_bias = BIAS * normal(users), BIAS * normal(items)
+    # numbers of its own, so that a log without drift is as it was
+    fashion = np.random.default_rng([seed, 1]).standard_normal((2, TOPICS), np.float32)
     chance = np.empty(user.size, np.float32)
     for part in (slice(start, start + 2**20) for start in range(0, user.size, 2**20)):
         u, i, angle = user[part], item[part], TURN * time[part, None]
         now = np.cos(angle) * first[u] + np.sin(angle) * second[u]
         taste = TASTE / np.sqrt(DIM) * (now * tastes[i]).sum(1)
-        chance[part] = 1 / (1 + np.exp(-(user_bias[u] + item_bias[i] + taste)))
+        turned = FASHIONS * time[part]
+        of = fashion[:, topic[i]]
+        mood = drift * (np.cos(turned) * of[0] + np.sin(turned) * of[1])
+        chance[part] = 1 / (1 + np.exp(-(user_bias[u] + item_bias[i] + taste + mood)))
     # 4. titles: two words of the topic, one of any
     word = np.stack([WORDS * topic, WORDS * topic, np.zeros(items, int)]) + np.stack(
         [*rng.integers(WORDS, size=(2, items)), rng.integers(WORDS * TOPICS, size=items)]
@@ -206,6 +217,9 @@ def run_generate(arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--rows", type=float, default=1e5, help="interactions, such as 1e6")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--drift", type=float, default=0.0, help="of topics' log-odds, such as 1.5"
+    )
     parser.add_argument("--context", action="store_true", help="clicks with context")
     parser.add_argument(
         "--users", action="store_true", help="clicks with users' attributes"
@@ -223,7 +237,7 @@ def run_generate(arguments: Sequence[str]) -> None:
             more["users"] = users
         config = CLICKS.format(given.out, lines)
     else:
-        log, items = generate(int(given.rows), given.seed)
+        log, items = generate(int(given.rows), given.seed, given.drift)
     tables = {
         "interactions": log.drop("chance"),
         "truth": log.select("chance"),

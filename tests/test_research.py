@@ -147,6 +147,23 @@ def test_no_score_beats_the_truth() -> None:
     assert 0.6 < (auc(rates.to_series().to_numpy(), label) or 0) < reachable
 
 
+def test_fashion_drifts() -> None:
+    """The same rows; what a title's first word says of a like turns round in half of the log, and stays without."""
+    found = []
+    for drift in (0.0, 1.5):
+        rows, items = generate(30_000, drift=drift)
+        word = pl.col("title").str.slice(0, 4)
+        half = (pl.col("timestamp") > rows["timestamp"].max() / 2).alias("late")  # type: ignore[operator]
+        of = rows.join(items, on="item_id").group_by(word, half)
+        rates = of.agg(pl.col("chance").mean(), pl.len()).filter(pl.col("len") > 30)
+        table = rates.pivot("late", index="title", values="chance").drop_nulls()
+        found.append(
+            (rows.drop("label", "chance"), table.select(pl.corr("true", "false")).item())
+        )
+    assert found[0][0].equals(found[1][0])
+    assert found[0][1] > 0.2 > -0.2 > found[1][1]
+
+
 def test_generated_log_can_be_read(tmp_path: Path) -> None:
     run_generate(["--rows", "2e3", str(tmp_path)])
     raw = TableLogs(
