@@ -23,6 +23,10 @@ OTHER_COMMANDS = {
     ),
     "report": ("project.report.report:run_report", "one document of a run's results"),
     "compare": ("project.compare:run_compare", "two runs on the same rows"),
+    "backtest": (
+        "project.backtest:run_backtest",
+        "refitted or not, through time",
+    ),
     "export": ("project.export:run_export", "a run as a Hugging Face folder"),
     "serve": ("project.serve.server:run_serve", "scores of a run over HTTP"),
     "refit": (

@@ -410,6 +410,38 @@ class StudyResult(Head):
     about: str
 
 
+class Refitted(TypedDict):
+    """AUCs of one way to refit on a period's test; `exit` is the static exit chosen on tune."""
+
+    exit_0: float | None
+    exit: float | None
+    plan: float | None
+    minutes: float  # of training
+
+
+class Period(TypedDict):
+    """A period of a backtest: its test, and by mode (cold, warm, never) what was scored."""
+
+    begins: str
+    rows: int
+    users: int
+    best_baseline: str | None
+    baseline: float | None
+    modes: dict[str, Refitted]
+
+
+class BacktestResult(Head):
+    """Of backtest; `protocol` is that of the last period."""
+
+    days: float
+    valid_days: float
+    warm_share: float
+    periods: list[Period]
+    minus: dict[str, Estimate]  # cold's AUC minus this mode's, a mean over periods
+    refit_every: int  # periods
+    refit_cost: float  # of AUC
+
+
 Result = (
     ScoredResult
     | CalibrateResult
@@ -417,4 +449,5 @@ Result = (
     | EngineResult
     | ServeResult
     | StudyResult
+    | BacktestResult
 )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from project.report.format import number
-from project.results import Adaptive, CalibrateResult, Difference, ExitRow
+from project.results import Adaptive, CalibrateResult, Difference, ExitRow, Period
 
 NamedAUC = tuple[str, float]
 
@@ -106,6 +106,22 @@ def depth_figure(
     # 3. the baseline is 0
     if baseline:
         _baseline_line(axes, baseline, 0.0)
+    return _finished(axes)
+
+
+def backtest_figure(periods: Sequence[Period]) -> Figure:
+    """AUC of the static exit chosen on tune minus the best baseline's by period, a line for each way to refit."""
+    axes = _axes("test begins", "AUC minus best baseline's, test", 3.9)
+    for mode, colour in zip(periods[0]["modes"], COLOURS.values(), strict=False):
+        known = [
+            (np.datetime64(period["begins"]), value - period["baseline"])
+            for period in periods
+            if (value := period["modes"][mode]["exit"]) is not None
+            and period["baseline"] is not None
+        ]
+        axes.plot(*zip(*known, strict=True), "o-", color=colour, label=mode)
+    axes.axhline(0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)))
+    axes.tick_params("x", labelrotation=30)
     return _finished(axes)
 
 

@@ -133,7 +133,7 @@ def render(result: Result, folder: Path | None = None, short: bool = False) -> s
         case "calibrate":
             calibrated = cast("CalibrateResult", result)
             return tidy(made.calibrate(calibrated, criteria_rows(calibrated)))
-        case "benchmark" | "compare" | "study" as command:
+        case "backtest" | "benchmark" | "compare" | "study" as command:
             return tidy(getattr(made, command)(result))
     scored = cast("ScoredResult", result)
     tested = any(row["split"] == "test" for row in scored["baselines"])
