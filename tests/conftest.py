@@ -63,10 +63,12 @@ def write_logs(
     return folder
 
 
-def write_model(folder: Path, layers: int = 3) -> Path:
-    """A random Llama with a byte-level tokenizer that knows " yes" and " no"."""
+def write_model(
+    folder: Path, layers: int = 3, family: str = "llama", **changes: object
+) -> Path:
+    """A random model with a byte-level tokenizer that knows " yes" and " no"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,19 +83,21 @@ def write_model(folder: Path, layers: int = 3) -> Path:
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+    values = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
         # the default's 0.02 makes a model that hardly reads its context
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+        "initializer_range": 0.2,
+    }
+    model: Any = AutoModelForCausalLM
+    config = AutoConfig.for_model(family, **(values | changes))
+    model.from_config(config).save_pretrained(folder)
     return folder
 
 

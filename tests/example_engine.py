@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig
 
 from project.data.prompt import BYTE, NUMBERS
 from project.data.ragged import Ragged
@@ -170,20 +170,13 @@ def raw_outputs(module: ExitRecommender, request: PreparedRequest) -> HeadOutput
     )
 
 
-FAMILIES = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "mistral": MistralConfig,
-}
-
-
 def make_module(
     seed: int = 0, family: str = "llama", exits: Sequence[int] = EXITS
 ) -> ExitRecommender:
     """Five layers whose attention is far from uniform, heads that differ."""
     torch.manual_seed(seed)
-    config = FAMILIES[family](
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -192,6 +185,8 @@ def make_module(
         num_key_value_heads=2,
         max_position_embeddings=512,
         sliding_window=None,
+        pad_token_id=None,
+        no_rope_layer_interval=3,  # of SmolLM3: an exit reads a layer without rotary positions
         initializer_range=0.2,
     )
     module = ExitRecommender("none", list(exits), numbers=True)

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -36,6 +36,8 @@ EMPTY_RETRIEVED = {
 
 class Letters:
     """A tokenizer whose tokens are characters, so that tests can read token ids as text."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def encode(
         self,

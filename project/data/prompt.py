@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from string import Formatter
 
 import numpy as np
@@ -42,6 +43,7 @@ class Prompt:
             projection of a frozen embedding of the text, by the backbone's first layers. {context} is one learned token
             of the row's context. Null shows {context}, and {user} after the instruction, of a log that has them.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
+            With a leading space heads start from all spellings that are one, without it from this token alone.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
             prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
             similar_users, similar_items.
@@ -386,8 +388,13 @@ class PromptEncoder:
                 'example "Similar users liked: {titles}\\n", or null for prompts without such lists.'
             )
         self._titles: list[str] = items["title"].to_list()
-        # of a tokenizer's control tokens, the author of the wording may mean one here; a
-        # title never does
+        # of a tokenizer's control tokens, the author of the wording may mean one; a title
+        # never does
+        self._control = {
+            token.content: i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
         *pieces, no, yes = (
             tokenizer.encode(text, add_special_tokens=False) if text else []
             for text in (*prompt.instruction.split(USER_FIELD), *prompt.answers)
@@ -399,13 +406,27 @@ class PromptEncoder:
         self._static = self._static_of(items)
 
     def _static_of(self, items: pl.DataFrame) -> dict[int, Ragged]:
-        """By part, token ids of each item's own texts."""
+        """By part, token ids of each item's own texts, and of the control tokens between them."""
         rows = items.to_dicts()
-        return {
-            i: Ragged.of([self._ids(text.format(**row)) for row in rows])
-            for i, (kind, text) in enumerate(self._parts)
-            if kind == "static"
-        }
+        control = re.compile(
+            "(" + ("|".join(map(re.escape, self._control)) or "(?!)") + ")"
+        )
+
+        def ids(pieces: list[str], row: dict[str, str]) -> list[int]:
+            lists = (
+                [self._control[piece]]
+                if piece in self._control
+                else self._ids(piece.format(**row))
+                for piece in pieces
+            )
+            return [*chain.from_iterable(lists)]
+
+        found = dict[int, Ragged]()
+        for i, (kind, text) in enumerate(self._parts):
+            if kind == "static":
+                pieces = control.split(text)
+                found[i] = Ragged.of([ids(pieces, row) for row in rows])
+        return found
 
     def with_items(self, new: pl.DataFrame) -> PromptEncoder:
         """This one with further items, whose codes follow; itself where there are none."""

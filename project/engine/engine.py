@@ -452,10 +452,12 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
     if hasattr(attention, "q_norm"):  # Qwen3
         query = attention.q_norm(query)
         key = attention.k_norm(key)
-    cos = state.position_embeddings[0][0]
-    sin = state.position_embeddings[1][0]
-    query = _rotated(query, cos.index_select(0, slots), sin.index_select(0, slots))
-    key = _rotated(key, cos, sin).transpose(0, 1)[None]
+    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
+        cos = state.position_embeddings[0][0]
+        sin = state.position_embeddings[1][0]
+        query = _rotated(query, cos.index_select(0, slots), sin.index_select(0, slots))
+        key = _rotated(key, cos, sin)
+    key = key.transpose(0, 1)[None]
     value = value.transpose(0, 1)[None]
     # 2. The rest of the layer at the slots.
     read = structure.attend_answers(

@@ -34,11 +34,13 @@ from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "smollm3", "qwen2", "qwen3", "mistral")
 # "dynamic" and "longrope" turn by the longest position of the batch: logits would depend on
 # what is packed
 ROTARY = ("default", "linear", "llama3", "yarn")
-SUPPORTED = "Llama/SmolLM2, Qwen2, Qwen3 and Mistral, every layer with full attention"
+SUPPORTED = (
+    "Llama/SmolLM2, SmolLM3, Qwen2, Qwen3 and Mistral, every layer with full attention"
+)
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
 
 
@@ -326,28 +328,32 @@ def _cut(config: PretrainedConfig, num_layers: int | None) -> PretrainedConfig:
 
     Refuses what the segments' attention or positions would compute wrongly.
     """
-    window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    rope = getattr(config, "rope_parameters", None) or {}
+    text = config.get_text_config()  # of a model that sees images, too, the part that reads
+    window = getattr(text, "sliding_window", None)
+    types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    rope = getattr(text, "rope_parameters", None) or {}
     capping = [
         k
         for k in ("attn_logit_softcapping", "final_logit_softcapping")
-        if getattr(config, k, None)
+        if getattr(text, k, None)
     ]
     kind = rope.get("rope_type")
-    problems = {
-        f"its model_type is {config.model_type!r}": config.model_type not in FAMILIES,
-        f"it has sliding_window = {window}": window is not None,
-        f"it has layers of type {', '.join(sorted(types))}": bool(types),
-        f"its rotary parameters differ by layer ({', '.join(sorted(rope))})": kind is None,
-        f"its rotary type is {kind!r}, not one of {', '.join(ROTARY)}": kind not in ROTARY,
-        f"it caps its logits ({', '.join(capping)})": bool(capping),
+    needs = {
+        f"sliding_window = {window}": window is not None,
+        f"layers of type {', '.join(sorted(types))}": bool(types),
+        "positions that are not rotary": not rope,
+        f"rotary parameters that differ by layer ({', '.join(sorted(rope))})": bool(rope)
+        and kind is None,
+        f"rotary type {kind!r}, not one of {', '.join(ROTARY)}": kind
+        not in (None, *ROTARY),
+        f"capped logits ({', '.join(capping)})": bool(capping),
+        f"decoder layers of {config.model_type!r}": config.model_type not in FAMILIES,
     }
-    found = next((problem for problem, applies in problems.items() if applies), None)
-    if found:
+    missing = [need for need, applies in needs.items() if applies]
+    if missing:
         raise ConfigError(
-            f"model.backbone is a {config.model_type!r} model that cannot be used: {found}. Supported are "
-            f"{SUPPORTED} (model_type {', '.join(FAMILIES)}). Choose such a model."
+            f"model.backbone is a {config.model_type!r} model, which needs what is missing here: "
+            f"{'; '.join(missing)}. Supported are {SUPPORTED} (model_type {', '.join(FAMILIES)}). Choose such a model."
         )
     available = config.num_hidden_layers
     if num_layers is not None and num_layers > available:

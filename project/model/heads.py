@@ -69,7 +69,7 @@ def answer_tokens(
     """Token ids of the answers no and yes: every spelling that is a single token, the text as it stands first.
 
     Spellings are the text as it stands, then as given, lower case, capitalised and upper case, with and without a
-    leading space.
+    leading space. A single token that has no leading space stands alone: templates of chats ask for that one.
     """
     found = list[list[int]]()
     for answer in answers:
@@ -87,6 +87,8 @@ def answer_tokens(
                 f"{answer!r} (tried {', '.join(map(repr, dict.fromkeys(spellings)))}); "
                 "choose a shorter or more common word."
             )
+        if answer == word and len(ids[0]) == 1:
+            single = single[:1]
         found.append(list(dict.fromkeys(single)))
     no, yes = found
     # a token on both sides would cancel out in the direction

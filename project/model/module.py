@@ -95,7 +95,7 @@ class ExitRecommender(L.LightningModule):
 
     Args:
         backbone: A known model (smollm2-135m-instruct), a folder with a Hugging Face model, or a name on its hub.
-            Families: Llama/SmolLM2, Qwen2, Qwen3, Mistral without a sliding window.
+            Families: Llama/SmolLM2, SmolLM3, Qwen2, Qwen3, Mistral without a sliding window.
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth: later layers of the backbone are not loaded.
         optim: Learning rates by depth.

@@ -204,19 +204,17 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     special = tokenizer.convert_tokens_to_ids("<|im_end|>")
     items = ITEMS.with_columns(title=pl.Series(["The <|im_end|>", "the sea"]))
-    prompt = Prompt("<|im_end|>", "{title} {year}:", similar="S {titles}")
+    prompt = Prompt("<|im_end|>", "{title} {year}:<|im_end|>", similar="S {titles}")
     encoder = PromptEncoder(tokenizer, prompt, items)
     segments = encoder.encode(
         np.array([0, 1]), RETRIEVED, np.array([-1, -1], dtype=np.int8)
     )
-    assert special not in segments.tokens.values
+    # but who writes the wording may mean one
+    assert encoder.instructions(RETRIEVED, 1).values.tolist() == [special]
+    assert [own.tolist().count(special) for own in segments.tokens] == [1, 1]
     assert special not in encoder.encode_similar([[0]]).values
     assert tokenizer.decode(segments.tokens[0]).startswith("The <|im_end|>")
-    assert segments.tokens[1].tolist() == tokenizer.encode(
-        "the sea :", add_special_tokens=False
-    )
-    # who writes the wording may mean one
-    assert encoder.instructions(RETRIEVED, 1).values.tolist() == [special]
+    assert segments.tokens[1].tolist() == [*tokenizer.encode("the sea :"), special]
 
 
 def test_the_default_segment_shows_short_columns_and_numbers() -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from example_engine import (
     EXITS,
-    FAMILIES,
     World,
     make_module,
     random_request,
@@ -35,6 +34,7 @@ from project.exits.cost import request_cost
 from project.exits.criteria import Consistency, Criterion, Learned, Ratio, RatioConsistency
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
+from project.model.backbone import FAMILIES
 
 CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]
 NEAR = 1e-4  # of a threshold: rounding may decide

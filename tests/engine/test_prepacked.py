@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from example_engine import FAMILIES, World, make_adapted, make_module
+from example_engine import World, make_adapted, make_module
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -14,6 +14,7 @@ from project.engine import Engine
 from project.engine.decisions import static_exits
 from project.engine.prepacked import PrepackedLinear, copied, prepacked
 from project.exits.criteria import Ratio
+from project.model.backbone import FAMILIES
 
 
 def linears(module: nn.Module) -> list[nn.Linear]:

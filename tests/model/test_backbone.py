@@ -263,17 +263,24 @@ def test_refuses_what_it_would_compute_wrongly(
         Backbone.from_config(tiny_config(family, **changes))
 
 
-def test_refuses_other_backbones(tiny_config: Make, tmp_path: Path) -> None:
-    """Rotary parameters by layer, other families, more layers than there are, a folder without a model."""
-    from transformers import GPT2Config
+WINDOWS = (
+    "sliding_window = 4096; layers of type sliding_attention; rotary .* differ by layer"
+)
 
-    by_layer = tiny_config("qwen3")
-    by_layer.rope_parameters = {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e4}
-    }
+
+def test_refuses_other_backbones(tiny_config: Make, tmp_path: Path) -> None:
+    """All that other families need and is missing, more layers than there are, a folder without a model."""
+    from transformers import AutoConfig
+
     for config, layers, words in (
-        (by_layer, None, "differ by layer"),
-        (GPT2Config(), None, "'gpt2'"),
+        *((AutoConfig.for_model(f"gemma3{part}"), None, WINDOWS) for part in ("", "_text")),
+        (
+            AutoConfig.for_model("qwen3_next"),
+            None,
+            "linear_attention; decoder .*'qwen3_next'",
+        ),
+        (AutoConfig.for_model("mamba"), None, "linear_attention; positions .* not rotary"),
+        (AutoConfig.for_model("gpt2"), None, "'gpt2'"),
         (tiny_config(), 4, r"model\.exit_layers ends at 4.* has 3 layers"),
     ):
         with pytest.raises(ConfigError, match=words):
