@@ -136,4 +136,4 @@ def test_reranker(run: Run, tiny_config: Config, tiny_logs: Path, tmp_path: Path
         found, [text + turns[k] for text in ("", before) for k in (3, 4)], strict=True
     ):
         logits = library(**tokenizer(SYSTEM + text, return_tensors="pt")).logits[0, -1]
-        assert score / START == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+        assert score / START == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-4)

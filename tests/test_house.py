@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SETTINGS = 106
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 155_700
+TOKENS = 156_000
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 185_100
+TEST_TOKENS = 186_300
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",
