@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -36,7 +37,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -363,11 +364,40 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 # 1. Scores
 
 
+class RankResponses(BaseModel):
+    """A response for each request, in their order; an error where one could not be answered."""
+
+    responses: list[shapes.RankResponse | Error]
+
+
 @router.post("/v1/rank", response_model_exclude_none=True)
-async def rank(body: shapes.RankBody, request: Request, desk: Here) -> shapes.RankResponse:
-    """Candidates of a user, best first, with exit layers and the features behind each score."""
-    found = await desk.rank(body.request(request.state.id))
-    return shapes.rank_response(found, found.best_first(body.top_n))
+async def rank(
+    body: shapes.RankBodyOrBodies, request: Request, desk: Here
+) -> shapes.RankResponse | RankResponses:
+    """Candidates of a user, best first, with exit layers and the features behind each score; or of several requests."""
+
+    async def one(asked: shapes.RankBody, name: str) -> shapes.RankResponse:
+        found = await desk.rank(asked.request(name))
+        return shapes.rank_response(found, found.best_first(asked.top_n))
+
+    async def member(given: dict[str, Any], name: str) -> shapes.RankResponse | Error:
+        error: Exception
+        try:
+            return await one(shapes.RankBody.model_validate(given), name)
+        except ValidationError as found:
+            error = RequestValidationError(
+                [e | {"loc": ("body", *e["loc"])} for e in found.errors()]
+            )
+        except (AnyHTTPException, ProjectError) as found:
+            error = found
+        return Error.model_validate_json(bytes(error_response(error).body))
+
+    name = request.state.id
+    if isinstance(body, shapes.RankBody):
+        return await one(body, name)
+    # at once, so that they are scored together
+    members = (member(given, f"{name}/{k}") for k, given in enumerate(body.requests))
+    return RankResponses(responses=await asyncio.gather(*members))
 
 
 @router.post("/v1/recommend", response_model_exclude_none=True)

@@ -241,6 +241,29 @@ class RankBody(AskingBody):
         return self._asked(RankRequest, items, name)
 
 
+def _all_limited(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lists = [one.get("candidates") for one in requests]
+    count = sum(len(of) for of in lists if isinstance(of, list))
+    _limit("max_candidates", count, "the requests have {} candidates")
+    return requests
+
+
+class RankBodies(BaseModel, extra="forbid"):
+    """Several requests, each of which is checked alone; all their candidates are bounded together."""
+
+    requests: Annotated[
+        Listed[dict[str, Any]], Field(min_length=1), AfterValidator(_all_limited)
+    ]
+
+
+RankBodyOrBodies = Annotated[
+    Annotated[RankBody, Tag("<one>")] | Annotated[RankBodies, Tag("<requests>")],
+    Discriminator(
+        lambda of: "<requests>" if isinstance(of, dict) and "requests" in of else "<one>"
+    ),
+]
+
+
 class Between(BaseModel, extra="forbid"):
     """A number of a column of the items table, the bounds included."""
 

@@ -154,3 +154,25 @@ def test_operators_read_and_delete(client: Make) -> None:
     assert make.get("/v1/items/i1").json()["title"] == "Alien"
     unknown = make.get("/v1/items/i0")
     assert (unknown.status_code, "i0" in unknown.json()["error"]) == (404, True)
+
+
+def test_several_requests_in_one(client: Make) -> None:
+    """Each is answered in its place as alone, or has its own error; candidates count together."""
+    make = client(max_candidates=4)
+    good = {"user_id": "u1", "candidates": ["i3", "i5"], "top_n": 1}
+    wrong = [
+        {"user_id": "u1"},
+        good | {"candidate": []},
+        good | {"candidates": ["unknown"]},
+    ]
+    found = make.post("/v1/rank", json={"requests": [wrong[0], good, wrong[1]]})
+    responses = found.json()["responses"]
+    assert responses[1]["items"] == make.post("/v1/rank", json=good).json()["items"]
+    assert responses[1]["id"] == found.headers["x-request-id"] + "/1"
+    responses += make.post("/v1/rank", json={"requests": [wrong[2]]}).json()["responses"]
+    for one, body in zip((responses[0], *responses[2:]), wrong, strict=True):
+        assert one["error"] == make.post("/v1/rank", json=body).json()["error"]
+    many = make.post("/v1/rank", json={"requests": [good] * 3})
+    assert (many.status_code, "6 candidates" in many.json()["error"]) == (413, True)
+    for none in ([], [1], {}):
+        assert make.post("/v1/rank", json={"requests": none}).status_code == 422
