@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ from project.engine.engine import score_labelled, score_workload
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ProjectError
 from project.evaluation.moment import moment_requests
+from project.evaluation.recall import candidate_recall
 from project.evaluation.result import (
     PlannedRows,
     adaptive_summary,
@@ -451,11 +453,15 @@ class ResultFiles(L.Callback):
             self.metric,
             moment,
         )
+        # 3. whether recommendations would find what was liked
+        if command == "test":
+            with suppress(ProjectError), data.clock.stage("candidates"):
+                content["candidates"] = candidate_recall(data)
         head = result_head(
             command, data.split.manifest, str(folder / "config.yaml"), data.seed
         )
         result = scored_result(head, content, data, calibration.refused)
-        # 3. the result file, W&B, the terminal, the report
+        # 4. the result file, W&B, the terminal, the report
         name = f"{command}-{self.tag}" if self.tag else command
         path = write_json(folder / "results" / f"{name}.json", result)
         log_result(trainer, result, name)

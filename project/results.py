@@ -258,6 +258,20 @@ class Head(TypedDict):
     protocol: Mapping[str, Any]
 
 
+class RecallRow(TypedDict):
+    """A mean over so many users."""
+
+    value: float | None
+    users: int
+
+
+class Recall(TypedDict):
+    """Share of what users of test liked among candidates, by kind of item or user."""
+
+    candidates: int  # of a user
+    recall: dict[str, RecallRow]
+
+
 class Comparison(TypedDict):
     """Exits and baselines on the reported rows; the difference is that of the chosen exit."""
 
@@ -272,6 +286,7 @@ class Comparison(TypedDict):
     sessions: NotRequired[dict[str, SessionMetrics]]
     # None: the split defines none; absent in files of before it was measured
     moment: NotRequired[MomentRows | None]
+    candidates: NotRequired[Recall]  # of test where recommendations work
 
 
 class ScoredRows(Comparison):

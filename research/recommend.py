@@ -13,22 +13,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from project.arrays import F64, Bool
-from project.data.protocol import answered, known_at
+from project.arrays import F64
 from project.data.requests import Requests
 from project.datamodule import InteractionData
 from project.engine.engine import score_every_head
 from project.engine.predict import Run
 from project.engine.requests import prepare_requests
-from project.errors import ConfigError
 from project.evaluation.bootstrap import UserBootstrap
+from project.evaluation.recall import MOST, Frozen, found_by, frozen, recalls
 from project.loading import open_run
 from project.metrics import probabilities
 from project.request import RankRequest, RecommendRequest
@@ -42,7 +40,6 @@ from project.retrieval.own_text import item_vectors
 from project.run import result_head, write_json
 from project.serve.ranker import Ranker
 
-MOST = 1000
 FIRST = 10
 CANDIDATES = 100
 TOGETHER = (1, 8, 32)
@@ -55,84 +52,6 @@ ABOUT = (
     "served, and by the probability alone, as lists of the best 10 are. Alone: the best 10 of one source. "
     "Differences are full depth minus the row, paired, users resampled, 95 %."
 )
-
-
-@dataclass
-class Frozen:
-    """The users of a part before its first second."""
-
-    before: float
-    pasts: dict[
-        int, list[tuple[int, int]]
-    ]  # items and labels; users without any are in it, too
-    truth: dict[int, set[int]]
-    known: Bool  # (items,) has a row before
-
-
-def frozen(data: InteractionData, part: str, most: int = MOST) -> Frozen:
-    """At most `most` users of `part` with a truth; the split is by time, or rows before would be of test."""
-    rows = data.split.rows.filter(answered(data.split.rows))
-    of = rows.filter(pl.col("split") == part)
-    before = float(of["timestamp"].min())  # type: ignore[arg-type]
-    past = rows.filter(known_at(rows) < before)
-    if part == "test" and past.height + of.height < rows.height:
-        raise ConfigError(
-            "data.protocol.split: test does not lie after everything; expected global_time."
-        )
-    liked = of.filter(pl.col("label") == 1).unique(["user", "item"])
-    liked = liked.join(
-        past.select("user", "item").unique(), on=["user", "item"], how="anti"
-    )
-    named = liked["user"].unique().sort()
-    if named.len() > most:
-        liked = liked.filter(pl.col("user").is_in(named.sample(most, seed=0).implode()))
-    truth = dict[int, set[int]]()
-    for user, item in liked.select("user", "item").sort("user", "item").iter_rows():
-        truth.setdefault(user, set()).add(item)
-    pasts: dict[int, list[tuple[int, int]]] = {user: [] for user in truth}
-    for user, item, label in past.select("user", "item", "label").iter_rows():
-        if user in pasts:
-            pasts[user].append((item, label))
-    known = np.zeros(data.split.interactions.items.height, np.bool_)
-    known[past["item"].unique().to_numpy()] = True
-    return Frozen(before, pasts, truth, known)
-
-
-def found_by(
-    data: InteractionData, at: Frozen, texts: Any, shares: dict[str, float]
-) -> dict[int, dict[int, str]]:
-    """Candidates and their sources by user."""
-    settings = CandidateSettings(CANDIDATES, shares)
-    snapshots = data.features.snapshots()
-    finder = CandidateFinder(data.split, snapshots, settings, at.before)
-    found = {}
-    for user, past in at.pasts.items():
-        allowed = np.ones(at.known.size, np.bool_)
-        allowed[[item for item, _ in past]] = False
-        items, labels = np.array(past, np.int64).reshape(-1, 2).T
-        by_text = texts @ np.asarray(texts[items[labels == 1]].sum(axis=0)).ravel()
-        found[user] = finder.find(items, labels, allowed, by_text)
-    return found
-
-
-def recalls(found: dict[int, dict[int, str]], at: Frozen) -> dict[str, Any]:
-    """Mean share of a user's truth among the candidates, over users with such items; and how many these are."""
-    shares: dict[str, list[float]] = {
-        name: [] for name in ("all", "known", "new", "users_with_history")
-    }
-    for user, truth in at.truth.items():
-        known = [item for item in truth if at.known[item]]
-        parts = {"all": [*truth], "known": known, "new": [*truth - {*known}]}
-        if at.pasts[user]:
-            parts["users_with_history"] = [*truth]
-        for name, items in parts.items():
-            if items:
-                hits = [item in found[user] for item in items]
-                shares[name].append(float(np.mean(hits)))
-    return {
-        name: {"value": float(np.mean(of)) if of else None, "users": len(of)}
-        for name, of in shares.items()
-    }
 
 
 def quality(lists: dict[int, list[int]], at: Frozen) -> dict[str, F64]:
@@ -244,7 +163,10 @@ def study(folder: Path, out: Path, most: int = MOST) -> None:
         at = frozen(data, part, most)
         named = np.array(list(at.truth))
         ways = {"all": data.candidates.shares} | {name: {name: 1.0} for name in SHARES}
-        found = {name: found_by(data, at, texts, shares) for name, shares in ways.items()}
+        found = {
+            name: found_by(data, at, texts, CandidateSettings(CANDIDATES, shares))
+            for name, shares in ways.items()
+        }
         # 1. candidates
         for name, of in found.items():
             recalled.append({"split": part, "source": name, **recalls(of, at)})

@@ -146,6 +146,14 @@ def test_the_study(
     study.study(served_run, tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["rows"]) == 9
+    # as the run's test has it
+    tested = json.loads((served_run / "results" / "test.json").read_text())["candidates"]
+    recalled = next(r for r in result["recall_100"] if r["split"] == "test")
+    assert tested == {
+        "candidates": 100,
+        "recall": {k: recalled[k] for k in tested["recall"]},
+    }
+    assert "choose from 100" in (served_run / "report" / "report.md").read_text()
     known = np.array([1, 1, 0, 1, 1], np.bool_)
     at = study.Frozen(9.0, {1: [], 2: [(0, 1)]}, {1: {1, 2}, 2: {3, 4}}, known)
     found = study.recalls({1: {2: "text"}, 2: {4: "text", 3: "text"}}, at)
