@@ -98,7 +98,7 @@ class ExitRecommender(L.LightningModule):
             Families: Llama/SmolLM2, SmolLM3, Qwen2, Qwen3, Mistral without a sliding window.
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth: later layers of the backbone are not loaded.
-        optim: Learning rates by depth.
+        optim: Learning rates.
         lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
