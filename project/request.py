@@ -205,6 +205,7 @@ class Scored:
     # an equal part of what scoring them took: CPU seconds of all threads, and seconds
     cpu_seconds: float = 0.0
     busy_seconds: float = 0.0
+    other: bool = False  # the HTTP process adds: the server's other version answered
 
     @classmethod
     def failed(

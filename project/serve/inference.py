@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from project.errors import ConfigError, ProjectError
 from project.request import Item, RankRequest, Scored
-from project.serve.settings import ServeSettings
+from project.serve.settings import ServeSettings, run_name
 from project.serve.store import EventStore
 
 logger = logging.getLogger("project.serve")
@@ -257,7 +257,7 @@ class Served:
         }
         ranked = iter(scored)
         # 2. all answers, in order
-        run = "/".join(Path(ranker.about["run"]).parts[-2:])
+        run = run_name(Path(ranker.about["run"]))
         answers = list[Any]()
         for payload in batch:
             match payload:

@@ -50,6 +50,7 @@ from project.serve import shapes
 from project.serve.inference import too_much_text
 from project.serve.settings import ServeSettings
 from project.serve.store import Added, EventStore
+from project.serve.versions import Versions
 
 logger = logging.getLogger("project.serve")
 PROBES = ("/healthz", "/readyz", "/metrics")
@@ -90,7 +91,9 @@ class Metrics:
         self.late = counter("exitrec_late", "Requests that their deadline cut")
         self.audits = counter("exitrec_audits", "Requests that also ran to full depth")
         self.events = counter("exitrec_events", "Events that were new")
-        self.alarm = gauge("exitrec_drift_alarm", "1: everything runs to full depth")
+        self.alarm = gauge(
+            "exitrec_drift_alarm", "1: everything runs to full depth", ["version"]
+        )
         gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
         text = "Characters of new items that wait to be embedded"
         gauge("exitrec_new_characters", text).set_function(new_characters)
@@ -109,7 +112,7 @@ class Metrics:
             self.histories.labels("yes" if found.cached else "no").inc()
         self.late.inc(found.late)
         self.audits.inc(found.audit is not None)
-        self.alarm.set(found.full_depth)
+        self.alarm.labels("other" if found.other else "run").set(found.full_depth)
 
 
 @dataclass
@@ -296,10 +299,12 @@ class Desk:
     rule: str | None  # of the protocol: makes ratings labels
     backlog: Backlog
     metrics: Metrics
+    versions: Versions | None = None  # two, of which one answers
 
     async def rank(self, request: RankRequest) -> Scored:
         """Score a request."""
-        found: Scored = await self.ask(request)
+        ask = self.versions.ask if self.versions else self.ask
+        found: Scored = await ask(request)
         if found.error:
             raise HTTPException(422, found.error)
         self.metrics.count(found)
@@ -331,6 +336,9 @@ class Desk:
             replacing = {event.event_id for event in events if event.replaces}
             added = await run_in_threadpool(self.store.add, kept, items, replacing)
         self.metrics.events.inc(added.new)
+        # an event that was known may be older than the scores
+        if self.versions and added.new == len(kept):
+            self.versions.observe(kept)
         return added
 
 
@@ -500,6 +508,8 @@ async def forget_user(user_id: shapes.Id, desk: Here) -> dict[str, int]:
     """Delete all that is known of a user: how many rows the history had, and how many events were on disk."""
     known = await desk.ask(("user", user_id))
     events = await run_in_threadpool(desk.store.delete, user_id)
+    if desk.versions:
+        desk.versions.forget(user_id)
     return {"rows": len(known["history"]), "events": events}
 
 
@@ -527,9 +537,9 @@ async def info(desk: Here) -> dict[str, Any]:
 
 
 @router.post("/v1/reload", status_code=202)
-async def reload(desk: Here) -> dict[str, str]:
-    """Load the newest run beside the one that answers, and switch to it; /info tells when."""
-    run = str(desk.settings.newest())
+async def reload(desk: Here, promote: bool = False) -> dict[str, str]:
+    """Load the newest run, or --other's, beside the one that answers, and switch to it; /info tells when."""
+    run = str(desk.settings.newest(promote))
     if not await desk.ask(("reload", run)):
         raise HTTPException(
             409, "A run is being loaded already; ask again when /info names it."

@@ -7,6 +7,7 @@ This process checks and translates bodies, writes events, and hands payloads to 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,7 +31,9 @@ from project.serve.inference import FAILED, log_json, run_inference
 from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore
+from project.serve.versions import Versions
 
+logger = logging.getLogger("project.serve")
 LEAVING = 30  # seconds that requests in flight have to end
 
 
@@ -113,6 +117,8 @@ class Inference:
 
     def _restart(self) -> None:
         """Answer what the ended process had, and start a new one; not where it never got ready."""
+        about = {"run": str(self._arguments[0].run), "was_ready": self.ready}
+        logger.error("an inference process ended", extra={"fields": about})
         self.close()
         for _, future in self.waiting.values():
             settle(future, FAILED)
@@ -144,8 +150,11 @@ def settle(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-def make_app(inference: Inference, settings: ServeSettings, rule: str | None) -> FastAPI:
-    """The routes around an inference process that starts and ends with them; `rule` makes ratings labels."""
+def make_app(
+    inferences: Sequence[Inference], settings: ServeSettings, rule: str | None
+) -> FastAPI:
+    """The routes around inference processes that start with them; `rule` makes ratings labels."""
+    inference = inferences[0]
 
     def reload() -> None:
         app.state.reloading = asyncio.ensure_future(
@@ -154,7 +163,8 @@ def make_app(inference: Inference, settings: ServeSettings, rule: str | None) ->
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        inference.start()
+        for one in inferences:
+            one.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         yield
 
@@ -163,7 +173,11 @@ def make_app(inference: Inference, settings: ServeSettings, rule: str | None) ->
     metrics = Metrics(lambda: len(inference.waiting), backlog.characters)
     ready = lambda: inference.ready  # noqa: E731
     store = EventStore(settings.db)
-    add_routes(app, Desk(inference.ask, ready, settings, store, rule, backlog, metrics))
+    versions = None
+    if settings.other is not None:
+        versions = Versions(settings, inference, inferences[1], metrics.registry)
+    desk = Desk(inference.ask, ready, settings, store, rule, backlog, metrics, versions)
+    add_routes(app, desk)
     return app
 
 
@@ -180,10 +194,14 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     except ArgumentError as error:
         raise ConfigError(f"serve: {error}") from None
     settings.check()
-    # 2. both processes
+    # 2. the processes; where --other's cannot be loaded --run answers everything
     rule = label_rule(settings.run)
     inference = Inference(settings, load, stop=lambda: setattr(http, "should_exit", True))
-    app = make_app(inference, settings, rule)
+    inferences = [inference]
+    if settings.other is not None:
+        second = replace(settings, run=settings.other)
+        inferences.append(Inference(second, load, stop=lambda: None))
+    app = make_app(inferences, settings, rule)
     options: dict[str, Any] = {
         "log_config": None,
         "access_log": False,
@@ -198,7 +216,8 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
     except KeyboardInterrupt:
         pass
     finally:
-        inference.close()
+        for one in inferences:
+            one.close()
         sys.stderr = sys.__stderr__
     if inference.failed:
         raise ConfigError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from project.errors import ConfigError
+from project.run import label_rule
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -37,6 +38,9 @@ class ServeSettings:
         audit_share: Share of requests that also run to full depth, to see whether early exits still hold.
         precision: bf16-mixed multiplies in bfloat16, which CPUs with AVX-512 BF16 or AMX do faster; None: as the run
             was trained.
+        other: Folder of another run, such as a refit: a second process. It needs `split` or `shadow_share`.
+        split: Share of users whom `other` answers, always the same ones.
+        shadow_share: Share of the requests answered by `run` that `other` scores as well; /metrics compares both.
     """
 
     run: Path
@@ -58,6 +62,9 @@ class ServeSettings:
     gorse_read: str = "read"
     audit_share: float = 0.01
     precision: Literal["32-true", "bf16-mixed"] | None = None
+    other: Path | None = None
+    split: float = 0.0
+    shadow_share: float = 0.0
 
     @property
     def max_waiting_characters(self) -> int:
@@ -66,21 +73,55 @@ class ServeSettings:
 
     def check(self) -> None:
         """Raise `ConfigError` where `run` is no run, or the server would be open to everybody by mistake."""
-        exported = (self.run / "exit_policy.ckpt").exists()
-        for name in (
-            "config.yaml",
-            "exit_policy.ckpt" if exported else "checkpoints/last.ckpt",
-        ):
-            if not (self.run / name).exists():
-                expected = "expected the folder of a run, or one that `export` of this version wrote."
-                raise ConfigError(f"--run {self.run} lacks {name}; {expected}")
+        for option, run in (("--run", self.run), ("--other", self.other or self.run)):
+            exported = (run / "exit_policy.ckpt").exists()
+            for name in (
+                "config.yaml",
+                "exit_policy.ckpt" if exported else "checkpoints/last.ckpt",
+            ):
+                if not (run / name).exists():
+                    expected = "expected the folder of a run, or one that `export` of this version wrote."
+                    raise ConfigError(f"{option} {run} lacks {name}; {expected}")
+        self._check_other()
         if not (self.host in LOCAL or self.token or self.unprotected):
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines and there is no token; set EXITREC_TOKEN (or "
                 "--token), or --unprotected true if everybody may ask."
             )
 
-    def newest(self) -> Path:
-        """The run to switch to: `latest` beside the given one, or that one."""
+    def _check_other(self) -> None:
+        """Raise `ConfigError` where the other run and its shares do not go together, or with `run`."""
+        shares = self.split, self.shadow_share
+        possible = all(0 <= share <= 1 for share in shares)
+        if not possible or any(shares) != (self.other is not None):
+            raise ConfigError(
+                f"--other is {self.other}, --split {shares[0]}, --shadow_share {shares[1]}; expected shares from 0 to "
+                "1, one above 0 with --other RUN, and both 0 without it."
+            )
+        if self.other is None:
+            return
+        names = [run_name(run.resolve()) for run in (self.run, self.other)]
+        if names[0] == names[1]:
+            raise ConfigError(
+                f"--run and --other are both {names[0]}; expected two runs in folders of different names."
+            )
+        rules = [label_rule(run) for run in (self.run, self.other)]
+        if rules[0] != rules[1]:
+            raise ConfigError(
+                f"--run makes labels by {rules[0]!r}, --other by {rules[1]!r}, but events have one label for both; "
+                "expected runs of the same data.protocol.label."
+            )
+
+    def newest(self, promote: bool = False) -> Path:
+        """The run to switch to: `latest` beside the given one, or that one; the other, to promote it."""
+        if promote:
+            if self.other is None:
+                raise ConfigError("promote is true, but this server has no --other.")
+            return self.other.resolve()
         latest = self.run.parent / "latest"
         return (latest if latest.exists() else self.run).resolve()
+
+
+def run_name(run: Path) -> str:
+    """What responses and metrics call a run: its folder, and the one that it lies in."""
+    return "/".join(run.parts[-2:])
