@@ -46,9 +46,9 @@ AUDIT_SHARE = ServeSettings.audit_share
 
 @contextmanager
 def serving(
-    run: Path, full_depth: bool, folder: Path
+    run: Path, full_depth: bool, folder: Path, **options: object
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server on a free port in processes of its own, ready; the process and its address."""
+    """A server with further options on a free port, ready; its process and its address."""
     name = "full" if full_depth else "plan"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,6 +60,7 @@ def serving(
         "db": f"sqlite:///{folder / name}.db",
         "cache_mib": CACHE_MIB,
         "audit_share": AUDIT_SHARE,
+        **options,
     }
     log = folder / f"{name}.log"
     with log.open("wb") as out:
