@@ -280,12 +280,19 @@ def test_another_run_that_cannot_be_loaded(
 ) -> None:
     """The server is ready, run answers everybody, and the log has the error."""
     (made(tmp_path / "b") / "broken").touch()
+    said = list[str]()
+
+    def told(text: str) -> bool:
+        said.append(capfd.readouterr().out)
+        return text in "".join(said)
+
     with serving(tmp_path, "--other", tmp_path / "b", "--split", 1) as (_, address):
         answers = [httpx.post(f"{address}/v1/rank", json=BODY) for _ in range(3)]
         assert [a.json()["model"] for a in answers] == ["run"] * 3
         missed = 'exitrec_other_missed_total{reason="not loaded"} 3.0'
         assert missed in httpx.get(f"{address}/metrics").text
-    assert '"message": "an inference process ended"' in capfd.readouterr().out
+        until(lambda: told('"message": "an inference process ended"'))
+    assert told("this run is broken")
 
 
 @pytest.mark.slow
