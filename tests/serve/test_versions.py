@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
-import torch
-from fake_ranker import FakeRanker, serving, until
+from fake_ranker import FakeRanker, until
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from scipy.stats import chisquare
@@ -27,7 +23,6 @@ from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore
 from project.serve.versions import Versions, takes
-from research.versions import measure
 
 BODY = {"user_id": "u1", "candidates": ["i2", "i3", "i5"]}
 EVENT = {"event_id": "e", "user_id": "v", "item_id": "i1", "label": 0, "timestamp": 1.0}
@@ -270,64 +265,3 @@ def test_wrong_settings(
     folder = other and tmp_path / other
     with pytest.raises(ConfigError, match=found):
         ServeSettings(tmp_path / "run", other=folder, **shares).check()  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_another_run_that_cannot_be_loaded(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The server is ready, run answers everybody, and the log has the error."""
-    (made(tmp_path / "b") / "broken").touch()
-    said = list[str]()
-
-    def told(text: str) -> bool:
-        said.append(capfd.readouterr().out)
-        return text in "".join(said)
-
-    with serving(tmp_path, "--other", tmp_path / "b", "--split", 1) as (_, address):
-        answers = [httpx.post(f"{address}/v1/rank", json=BODY) for _ in range(3)]
-        assert [a.json()["model"] for a in answers] == ["run"] * 3
-        missed = 'exitrec_other_missed_total{reason="not loaded"} 3.0'
-        assert missed in httpx.get(f"{address}/metrics").text
-        until(lambda: told('"message": "an inference process ended"'))
-    assert told("this run is broken")
-
-
-@pytest.mark.slow
-def test_another_run_that_ends(tmp_path: Path) -> None:
-    """No request is lost while its process is killed and starts anew."""
-    given = ("--other", made(tmp_path / "b"), "--split", 0.5, "--shadow_share", 1)
-    with serving(tmp_path, *given) as (process, address):
-
-        def models() -> list[str]:
-            bodies = [BODY | {"user_id": f"u{k}"} for k in range(9)]
-            found = [httpx.post(f"{address}/v1/rank", json=b, timeout=60) for b in bodies]
-            assert [one.status_code for one in found] == [200] * 9
-            return [one.json()["model"] for one in found]
-
-        until(lambda: "b" in models())
-        children = psutil.Process(process.pid).children()
-        max(children, key=psutil.Process.create_time).kill()
-        until(lambda: models() == ["run"] * 9)
-        until(lambda: "b" in models())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_two_real_runs_under_load(
-    served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No request is dropped, also while the other run is promoted; responses are those of single servers."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
-    other = shutil.copytree(served_run, tmp_path / "version_1", symlinks=True)
-    checkpoint = other / "checkpoints/last.ckpt"
-    content = torch.load(checkpoint, weights_only=True)
-    # other probabilities
-    content["exit_plans"]["plan"]["calibration"][:, 2] += 0.5
-    torch.save(content, checkpoint)
-    found = measure(served_run, other, 4.0, users=4, split=0.5, shadow_share=0.5)
-    assert found["passed"], found
-    assert 0 < found["users_of_other"] < found["users"]
-    assert found["metrics"]["shadow_difference_sum"] > 0
-    for phase in ("split", "promoted"):
-        assert found[phase]["distance"] < 1e-4
