@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = 106
+SETTINGS = 116
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 156_000
+TOKENS = 161_500
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 186_300
+TEST_TOKENS = 190_500
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",
@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up
     "datamodule evaluation compare",
     "model config bundle",
     "engine callbacks",
-    "export loading",
+    "export loading backtest",
     "serve benchmark",
     "trainer",
     "cli api",
