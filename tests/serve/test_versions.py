@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
-from fake_ranker import FakeRanker, until
+import torch
+from fake_ranker import FakeRanker, serving, until
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from scipy.stats import chisquare
@@ -23,6 +27,7 @@ from project.serve.routes import Backlog, Desk, Metrics, add_routes
 from project.serve.settings import ServeSettings
 from project.serve.store import EventStore
 from project.serve.versions import Versions, takes
+from research.versions import measure
 
 BODY = {"user_id": "u1", "candidates": ["i2", "i3", "i5"]}
 EVENT = {"event_id": "e", "user_id": "v", "item_id": "i1", "label": 0, "timestamp": 1.0}
@@ -265,3 +270,55 @@ def test_wrong_settings(
     folder = other and tmp_path / other
     with pytest.raises(ConfigError, match=found):
         ServeSettings(tmp_path / "run", other=folder, **shares).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_another_run_that_ends_and_cannot_be_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its process is killed, and the next finds a broken run: no request is lost, and the log has the errors."""
+    other = made(tmp_path / "b")
+    said = list[str]()
+
+    def told(text: str) -> bool:
+        said.append(capfd.readouterr().out)
+        return text in "".join(said)
+
+    with serving(tmp_path, "--other", other, "--split", 1) as (process, address):
+
+        def model() -> str:
+            answer = httpx.post(f"{address}/v1/rank", json=BODY, timeout=60)
+            assert answer.status_code == 200
+            return str(answer.json()["model"])
+
+        until(lambda: model() == "b")
+        (other / "broken").touch()
+        children = psutil.Process(process.pid).children()
+        max(children, key=lambda child: child.pid).kill()  # the latest
+        until(lambda: model() == "run")
+        until(lambda: told("this run is broken") and told('"was_ready": false'))
+        assert told("an inference process ended")
+        assert model() == "run"
+        missed = 'exitrec_other_missed_total{reason="not loaded"}'
+        assert missed in httpx.get(f"{address}/metrics").text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_real_runs_under_load(
+    served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request is dropped, also while the other run is promoted; responses are those of single servers."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+    other = shutil.copytree(served_run, tmp_path / "version_1", symlinks=True)
+    checkpoint = other / "checkpoints/last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    # other probabilities
+    content["exit_plans"]["plan"]["calibration"][:, 2] += 0.5
+    torch.save(content, checkpoint)
+    found = measure(served_run, other, 4.0, users=4, split=0.5, shadow_share=0.5)
+    assert found["passed"], found
+    assert 0 < found["users_of_other"] < found["users"]
+    assert found["metrics"]["shadow_difference_sum"] > 0
+    assert found["split_distance"] < 1e-4
+    assert found["promoted_distance"] < 1e-4
