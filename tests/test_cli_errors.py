@@ -280,5 +280,5 @@ def test_a_checkpoint_of_another_run(
     said = fails("test", "--config", other, "--ckpt_path", checkpoint)
     assert "[1, 3]" in said
     assert "[2, 3]" in said
-    other = tiny_config(**{"data.protocol.minimum_history": 2})
+    other = tiny_config(**{"data.protocol.shares": [0.5, 0.1, 0.4]})
     assert "protocol hash" in fails("test", "--config", other, "--ckpt_path", checkpoint)

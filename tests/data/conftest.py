@@ -5,8 +5,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
+from transformers import LlamaConfig
 
+from project.data.batch import Batch
 from project.data.logs import RAW_SCHEMA, RawLogs
+from project.model.backbone import Backbone
 
 Row = tuple[str, str, float, float]
 MakeLogs = Callable[..., RawLogs]
@@ -53,3 +57,23 @@ def make_logs() -> MakeLogs:
         return RawLogs(interactions, table, {"log.csv": "aa", "items.csv": "bb"})
 
     return make
+
+
+@pytest.fixture
+def hidden() -> Callable[[Batch], dict[int, torch.Tensor]]:
+    """Last hidden state of each target, of a random backbone whose attention is far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    backbone = Backbone.from_config(config).eval()
+
+    def states(batch: Batch) -> dict[int, torch.Tensor]:
+        with torch.no_grad():
+            state = backbone.run(backbone.embed(batch.tokens, batch.layout), 0, 2).hidden[
+                0, batch.slots
+            ]
+        return dict(zip(batch.row_id.tolist(), state, strict=True))
+
+    return states

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from example_engine import EXITS, World, subset
+from example_engine import EXITS, World, random_request, subset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from project.engine import Engine, ListExits, RowExits, StreamCache
+from project.engine.decisions import EveryHead
 from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
 from project.exits.ranking import Lists, list_keys
@@ -88,6 +90,37 @@ def test_lists_and_scores_share_a_batch(world: World, data: Any) -> None:
         check(plan, *own, scored) for own, scored in zip(expected, scores, strict=True)
     )
     assert near <= 2
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests(world: World) -> None:
+    """Small random requests, half of them for lists: every exit is the simulation's on scores of all heads."""
+    rng = np.random.default_rng(0)
+    requests = [
+        replace(
+            random_request(rng, f"r{i}", int(rng.integers(3)), int(rng.integers(1, 8))),
+            list_of=int(rng.choice([0, 0, 1, 2, 4, 9])),
+        )
+        for i in range(10_000)
+    ]
+    plan = world.plan(Ratio(), 0.4)
+    every = EveryHead(plan.calibration)
+    Engine(world.module, every).score(requests)
+    outputs = HeadOutputs(
+        plan.layers,
+        torch.cat([batch.logits for batch in every.outputs]),
+        torch.cat([batch.retrieved for batch in every.outputs]),
+    )
+    scores = Engine(world.module, ListExits(plan, LISTS)).score(requests)
+    start = near = left = 0
+    for request, scored in zip(requests, scores, strict=True):
+        n = len(request)
+        own = outputs.rows(torch.arange(start, start + n))
+        start += n
+        near += check(plan, request.list_of, own, scored)
+        left += bool(scored.list_of) and scored.exit_layers.min() < EXITS[-1]
+    assert near < 100
+    assert left > 1000
 
 
 def test_infinite_margins_are_full_depth(world: World) -> None:
