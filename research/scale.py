@@ -4,7 +4,7 @@ Generated logs (`research/generate.py`) and MovieLens 1M, each in a process of i
 those of the processor, so that a busy machine does not count. The exponent of a stage is log(seconds / seconds before)
 over log(rows / rows before), from one generated log to the next ten times larger: 1 is linear.
 
-    python research/scale.py results/scale/scale.json 1e5 1e6 ml1m 1e7
+    python -m research.scale results/scale/scale.json 1e5 1e6 ml1m 1e7
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from generate import run_generate
-
 from project.data.batch import TrainSampler, pack
 from project.data.download import resolve_model
 from project.data.logs import Logs, MovieLens1M, TableLogs
@@ -32,11 +30,12 @@ from project.data.protocol import Protocol, apply_protocol, build_interactions
 from project.data.stream import build_streams
 from project.report.tables import render
 from project.retrieval import LightGCN, MatrixFactorisation
-from project.retrieval.factorisation import mf_column
+from project.retrieval.features import mf_column
 from project.retrieval.own_text import item_vectors, text_similarity
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import block_cuts, fit_snapshots, walk
 from project.run import SCHEMA_VERSION, machine, read_result, write_json
+from research.generate import run_generate
 
 # the demo's
 SEGMENT = (
@@ -144,7 +143,9 @@ def main(out: Path, logs: list[str]) -> None:
     """Measure each log in a process of its own; `out` is written after each and keeps those it has of other logs."""
     for name in logs:
         called = subprocess.run(
-            [sys.executable, __file__, "one", name], stdout=subprocess.PIPE, check=True
+            [sys.executable, "-m", "research.scale", "one", name],
+            stdout=subprocess.PIPE,
+            check=True,
         )
         run = {"log": name if name == "ml1m" else f"generated {name}"} | json.loads(
             called.stdout.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ from project.report.tables import render
 from project.retrieval import LightGCN
 from research import library, llama, llmrank, packing, retrieval_times, roofline
 from research.generate import generate, reachable_auc, run_generate
+
+SCRIPTS = [path.stem for path in Path(library.__file__).parent.glob("*.py")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_finds_what_it_imports(name: str) -> None:
+    import_module(f"research.{name}")
 
 
 def test_prompts_are_what_packed_targets_see(

@@ -162,7 +162,7 @@ class RetrievedFeatures:
         )
         factors = self.mf_snapshots()
         if self.mf is not None and factors is not None:
-            table = table.with_columns(_mf_column(self.mf.chances(rows, factors)))
+            table = table.with_columns(mf_column(self.mf.chances(rows, factors)))
         if catalogue is not None:  # an item that the log does not have still has a text
             known = np.minimum(item, catalogue.height).astype(np.int64)
             rows = _merged(past, replace(requests, item=known))
@@ -275,7 +275,7 @@ class RetrievedFeatures:
             if name == SPLITS[-1]:
                 snapshots.save(folder / SNAPSHOTS)
             chances = mf.chances(WalkRows.from_log(readable), snapshots)
-            return readable.select("row_id", mf=_mf_column(chances))
+            return readable.select("row_id", mf=mf_column(chances))
 
         return self._split_folder("mf", {"mf": asdict(mf), "refits": self.refits}, make)
 
@@ -340,7 +340,8 @@ def reads_all_earlier(timestamp: F64, split: I64, own_second: bool = False) -> b
     )
 
 
-def _mf_column(chances: F64) -> pl.Series:
+def mf_column(chances: F64) -> pl.Series:
+    """Chances (n,) of factorisation as the table's column; NaN is null."""
     return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)
 
 
