@@ -37,7 +37,6 @@ from project.evaluation.result import (
     scored_rows,
 )
 from project.exits.budget import calibrate
-from project.exits.criteria import StaticExit
 from project.exits.plan import (
     CHECKPOINT_KEY,
     ExitSettings,
@@ -216,7 +215,7 @@ class ExitCalibration(L.Callback):
     ) -> Lists:
         """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
         settings = self.settings
-        static = isinstance(settings.criterion, StaticExit)
+        static = settings.one_exit is not None
         if static or not settings.lists or trainer.world_size > 1:
             return Lists()
 

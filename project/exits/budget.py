@@ -14,7 +14,6 @@ from project.errors import ConfigError, DataError
 from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import (
     Criterion,
-    StaticExit,
     fit_criteria,
     name,
 )
@@ -98,11 +97,11 @@ class TuneFold:
             scores, features, settings.exit_0, settings.prefix_cached
         )
         # 2. how confident every criterion is
-        given, layers = settings.criterion, self.outputs.layers
-        self._static = isinstance(given, StaticExit)
-        if isinstance(given, StaticExit) and given.layer not in layers:
+        layer = settings.one_exit
+        layers = self.outputs.layers
+        if layer is not None and layer not in layers:
             raise ConfigError(
-                f"exits.criterion.layer is {given.layer}; expected one of the exits {layers}."
+                f"exits.criterion.layer is {layer}; expected one of the exits {layers}."
             )
         unfitted = settings.criteria()
         fitted = fit_criteria(unfitted, self.outputs, users, settings.criterion)
@@ -130,7 +129,7 @@ class TuneFold:
     @property
     def too_few(self) -> bool:
         """Whether the users allow no early exit within a bounded AUC drop; at alpha .5 no bound is asked for."""
-        bounded = self.settings.alpha < 0.5 and not self._static
+        bounded = self.settings.alpha < 0.5 and self.settings.one_exit is None
         return bounded and self.users < FEWEST_USERS
 
     def in_words(self) -> str | None:
@@ -144,7 +143,7 @@ class TuneFold:
 
     def step_of(self, curve: Curve) -> int:
         """The budget's step of a curve; a static exit is not the budget's to choose."""
-        if self._static:
+        if self.settings.one_exit is not None:
             return len(curve.path) - 1
         # alpha is shared out among the paths that compete for the choice (Bonferroni)
         margins = bound_margins(curve.influences, self.settings.alpha / self._competing)

@@ -26,6 +26,7 @@ from project.exits.criteria import (
     Learned,
     Ratio,
     RatioConsistency,
+    StaticExit,
     confidence_table,
     name,
     try_out,
@@ -79,6 +80,12 @@ class ExitSettings:
             )
         for criterion in filter(None, [self.criterion, *(self.compare or [])]):
             try_out(criterion, self.exit_0)
+
+    @property
+    def one_exit(self) -> int | None:
+        """The layer at which everybody leaves, where the criterion is that."""
+        given = self.criterion
+        return given.layer if isinstance(given, StaticExit) else None
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
