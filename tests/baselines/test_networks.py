@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ import torch
 import yaml
 from example_logs import flip, numbered
 from jsonargparse import ArgumentParser
-from world import given, result
+from world import call, given, result
 
 from project import trainer as commands
 from project.data.protocol import (
@@ -385,14 +386,12 @@ def test_without_the_extra(
 @pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_commands_know_what_baselines_has_trained(
-    run: Callable[..., None],
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Before networks are trained fit finds nothing; test after it has them, of seed 1 none."""
     config = tiny_config()
-    monkeypatch.setenv("PROJECT_CACHE", str(tmp_path / "cache"))
+    # a cache of its own: what is planted here must not be another test's best baseline
+    run = functools.partial(call, tmp_path / "cache")
     run("fit", "--config", config)
     folder = tmp_path / "runs" / "tiny" / "version_0"
 
