@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from math import inf, nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -172,6 +172,18 @@ class RecommendRequest(RankRequest):
     sources: Sequence[str] = ()  # n
 
 
+class Candidates(Protocol):
+    """Any form of a request."""
+
+    @property
+    def request_id(self) -> str:
+        """Its name."""
+
+    @property
+    def candidates(self) -> Sized:
+        """The n that are to be scored."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Scores of a request of n candidates, in their order; NaN and layer -1 where it could not be scored."""
@@ -184,15 +196,15 @@ class Scored:
     late: bool = False  # past the deadline, candidates left whom the plan would have kept
     # length k of the list whose margins decided; 0: the plan decided for every candidate
     list_of: int = 0
+    full_depth_token_layers: int = 0  # what the same would have cost without early exit
+    # some of the user's history was in memory; None: there is none to keep
+    cached: bool | None = None
     # a ranker adds
     item_ids: Sequence[str] = ()  # n
     titles: Sequence[str] = ()  # n
     # (n,) retrieved features by name; NaN: unknown
     features: Mapping[str, F64] = field(default_factory=dict)
-    full_depth_token_layers: int = 0  # what the same would have cost without early exit
     audit: F64 | None = None  # (n,) probabilities at full depth, if it was audited
-    # some of the user's history was in memory; None: there is none to keep
-    cached: bool | None = None
     # texts of new items that have to be embedded first: it was not scored yet
     waits_for: Sequence[str] = ()
     # of a recommendation: n sources of the candidates, and places of the listed, best first
@@ -209,10 +221,12 @@ class Scored:
 
     @classmethod
     def failed(
-        cls, request_id: str, n: int, error: str | None, token_layers: int = 0
+        cls, request: Candidates, error: str | None, token_layers: int = 0
     ) -> Scored:
-        """Of a request of n candidates that could not be scored."""
-        return cls(request_id, np.full(n, np.nan), np.full(n, -1), token_layers, error)
+        """Of a request that could not be scored."""
+        n = len(request.candidates)
+        unscored = np.full(n, np.nan)
+        return cls(request.request_id, unscored, np.full(n, -1), token_layers, error)
 
     @property
     def left_at(self) -> dict[int, int]:

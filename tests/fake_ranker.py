@@ -72,23 +72,19 @@ class FakeRanker:
     def item(self, item_id: str) -> dict[str, Any] | None:
         return {"item_id": "i1", "title": "Alien"} if item_id == "i1" else None
 
-    def knows_user(self, user_id: str) -> bool:
-        return user_id == "u1" or any(e.user_id == user_id for e in self.events)
-
-    def attributes_of(self, user_id: str) -> dict[str, Any]:
-        return {}
-
-    def history_of(self, user_id: str) -> list[dict[str, Any]]:
-        own = [e for e in self.events if e.user_id == user_id]
-        return [
+    def user(self, user_id: str) -> dict[str, Any]:
+        history = [
             {
                 "item_id": e.item_id,
                 "title": e.item_id,
                 "label": e.label,
                 "time": e.timestamp,
             }
-            for e in own
+            for e in self.events
+            if e.user_id == user_id
         ]
+        known = bool(history) or user_id == "u1"
+        return {"known": known, "history": history, "attributes": {}}
 
     def rank_after_log(
         self, requests: Sequence[RankRequest], embed: bool = True
@@ -110,11 +106,11 @@ class FakeRanker:
         late = request.deadline is not None and request.deadline < time.monotonic()
         new = [n for n in names if n.startswith("new") and n not in self.read]
         if new and not late:
-            return replace(Scored.failed("", len(names), None), waits_for=new)
+            return replace(Scored.failed(request, None), waits_for=new)
         if self._diverged:
-            return Scored.failed("", len(names), "the model's scores are NaN")
+            return Scored.failed(request, "the model's scores are NaN")
         if "unknown" in names:
-            return Scored.failed("", len(names), "item 'unknown' has no title.")
+            return Scored.failed(request, "item 'unknown' has no title.")
         if "die" in names:
             os._exit(1)
         if "slow" in names:

@@ -149,6 +149,12 @@ def with_rows(
     return run
 
 
+def served(ranker: Ranker, request: RankRequest) -> PreparedRequest:
+    """A request for items of the log as the server gives it to the engine."""
+    known = ranker._codes, ranker._items, ranker._encoder
+    return ranker._prepare(replace(request, time=None), *known)[0]
+
+
 def test_training_predict_and_server_agree(opened: Run, fitted: Path) -> None:
     """Exit 0 of 500 rows to 1e-6: from training's table, and as a request at its time; then after the log."""
     run = opened
@@ -177,7 +183,7 @@ def test_training_predict_and_server_agree(opened: Run, fitted: Path) -> None:
         late.append(RankBody.model_validate(body).request(str(len(late))))
     for one, value in zip(late, exit_0(run, *late), strict=True):
         resolved = ranker._catalogue().resolve(one)
-        assert ranker.prepare(resolved).exit_0 == pytest.approx(value, abs=1e-6)
+        assert served(ranker, resolved).exit_0 == pytest.approx(value, abs=1e-6)
 
 
 def test_an_event_is_the_row_it_would_be_in_the_log(
@@ -202,7 +208,7 @@ def test_an_event_is_the_row_it_would_be_in_the_log(
         for user in ("u1", "u2", "u5")
         for context in ({"device": "pc"}, {"device": "watch", "price": 0.25})
     ]
-    before = [ranker.prepare(one).exit_0 for one in asked]
+    before = [served(ranker, one).exit_0 for one in asked]
     with monkeypatch.context() as changed:
         # as if nothing was fitted anew
         cuts = ranker._data.features.cuts
@@ -222,7 +228,7 @@ def test_an_event_is_the_row_it_would_be_in_the_log(
         made._history(made._users["u1"]).tokens[-k] for made, k in ((ranker, 2), (other, 1))
     )
     assert (read != opposite).sum() == 1  # the answer's token
-    found = [ranker.prepare(one).exit_0 for one in asked]
+    found = [served(ranker, one).exit_0 for one in asked]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert (np.abs(np.array(found) - before).max(axis=1) > 1e-3).all()
 
@@ -244,8 +250,8 @@ def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
     expected = exit_0(opened, *given)
     for ranker in (went_on, restarted):
         for request, value in ((asked, expected[0]), (given[1], expected[1])):
-            assert ranker.prepare(request).exit_0 == pytest.approx(value, abs=1e-6)
-        shown = [ranker.attributes_of(user)["country"] for user in ("u1", "new", "u0")]
+            assert served(ranker, request).exit_0 == pytest.approx(value, abs=1e-6)
+        shown = [ranker.user(user)["attributes"]["country"] for user in ("u1", "new", "u0")]
         assert shown == ["fr", "nz", "fr"]
     # the log has another country
     assert np.abs(expected[0] - expected[2]).max() > 1e-3
@@ -308,17 +314,17 @@ def test_prompts_show_context(opened: Run, fitted: Path, tmp_path: Path) -> None
     ranker = Ranker.load(fitted, audit_share=0.0)
     late = [replace(one, time=None) for one in asked[:20]]
     for one, prepared in zip(late, prepared_of(run, *late), strict=True):
-        served = ranker.prepare(ranker._catalogue().resolve(one))
-        assert served.stream.tokens.tolist() == prepared.stream.tokens.tolist()
-        assert served.candidates.values.tolist() == prepared.candidates.values.tolist()
+        late_one = served(ranker, ranker._catalogue().resolve(one))
+        assert late_one.stream.tokens.tolist() == prepared.stream.tokens.tolist()
+        assert late_one.candidates.values.tolist() == prepared.candidates.values.tolist()
     # 3. the exported folder's vectors
-    tokens = torch.from_numpy(served.candidates.values)
+    tokens = torch.from_numpy(late_one.candidates.values)
     exported = load_exported(export(fitted, tmp_path / "exported")).backbone
     expected = run.model.backbone.embed_tokens(tokens)
     assert torch.equal(exported.embed_tokens(tokens), expected)
     # 4. attributes that a request brings for a user are not those of the kept prefix
-    other = ranker.prepare(replace(late[0], user={"country": "es"}))
-    plain = ranker.prepare(replace(late[0], user={"country": "fr"}))
+    other = served(ranker, replace(late[0], user={"country": "es"}))
+    plain = served(ranker, replace(late[0], user={"country": "fr"}))
     assert other.stream.tokens.tolist() != plain.stream.tokens.tolist()
 
 

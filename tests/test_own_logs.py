@@ -296,7 +296,7 @@ def test_readme_yaml_makes_a_run_that_every_command_reads(
     Path("requests.jsonl").write_text(json.dumps({"request_id": "r", **ids}))
     run("predict", *given(folder), "--data.requests", "requests.jsonl")
     assert len(pl.read_parquet(folder / "scores" / "predict.parquet")) == 2
-    assert Ranker.load(folder).knows_user("c-1")
+    assert Ranker.load(folder).user("c-1")["known"]
     run("export", folder, tmp_path / "exported")
     with serving(tmp_path, run=folder) as (_, address):
         response = httpx.post(f"{address}/v1/rank", json=ids, timeout=30)

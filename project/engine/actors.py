@@ -97,7 +97,7 @@ def run_actors(
         for row in scored.iter_rows():
             counts.update(row)
     shutil.rmtree(cut, ignore_errors=True)
-    print_counts(counts, run.plan, folder)
+    print_counts(counts, folder)
     return folder
 
 

@@ -45,9 +45,8 @@ class CachedStream:
             tensors += pair or ()
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
-    def adopt(self, stream: StreamTokens) -> int:
-        """Keep what is common with `stream`, forget the rest; returns how many of its tokens came to depth 0 before."""
-        kept = self.stream.common(stream)
+    def adopt(self, stream: StreamTokens, kept: int) -> None:
+        """Keep the `kept` leading tokens that are common with `stream`, and forget the others."""
         # 1. Tokens that wait at a depth follow those that reached the next one.
         for depth, hidden in list(self.waiting.items()):
             left = kept - self._reached[depth + 1]
@@ -58,11 +57,9 @@ class CachedStream:
         # 2. Counts of leading tokens.
         self._keyed = [min(seen, kept) for seen in self._keyed]
         self._reached = [min(seen, kept) for seen in self._reached]
-        known = self._reached[0]
         # 3. All tokens of the new stream come to depth 0 now.
         self._reached[0] = len(stream)
         self.stream = stream
-        return known
 
     def waits_unread(self, depth: int) -> bool:
         """Whether some token waits at this depth whose keys and values the next layer does not have."""

@@ -90,7 +90,7 @@ class Engine:
             if error is None and len(request):
                 usable.append(i)
             else:  # unusable, or nobody to score, which is no error
-                scored[i] = Scored.failed(request.request_id, len(request), error)
+                scored[i] = Scored.failed(request, error)
         for members in self._batches(requests, usable):
             batch = EngineBatch(self, [requests[i] for i in members])
             scored.update(zip(members, batch.run(), strict=True))
@@ -157,6 +157,12 @@ class EngineBatch:
         # (R,) whether its deadline made a candidate leave
         self.late = np.zeros(len(requests), dtype=bool)
         self.streams: list[CachedStream | None] = [None] * len(requests)  # None: not cached
+        # (R,) leading stream tokens that the cache has
+        self.cached = np.zeros(len(requests), dtype=np.int64)
+        if engine.cache is not None:
+            for i, r in enumerate(requests):
+                if r.user is not None:
+                    self.cached[i] = engine.cache.common(r.user, r.stream)
         # 2. Of all candidates.
         # (N,) which of the R requests it belongs to
         self.request_of = np.repeat(np.arange(len(requests)), counts)
@@ -239,20 +245,23 @@ class EngineBatch:
         ]
 
     def _scored(self, i: int, logits: F64, exit_layer: I64) -> Scored:
-        """The scores of a request. Its stream goes back into the cache, as deep as it came, unless scores are NaN."""
+        """The scores of a request. Its stream goes back into the cache, as deep as it came, unless scores are NaN.
+
+        At full depth all layers run all tokens that the cache has not. So this cost is what a server that always runs
+        to full depth pays for the same requests, in the same order.
+        """
         request = self.requests[i]
         stream = self.streams[i]
         spent = int(self.token_layers[i])
         missing = int(np.isnan(logits).sum())
         if missing:
             error = f"the model's scores of {missing} of {len(logits)} candidates are NaN"
-            return Scored.failed(request.request_id, len(logits), error, spent)
-        if (
-            self.engine.cache is not None
-            and stream is not None
-            and request.user is not None
-        ):
-            self.engine.cache.give(request.user, stream)
+            return Scored.failed(request, error, spent)
+        cache = self.engine.cache
+        if cache is not None and request.user is not None and stream is not None:
+            cache.give(request.user, stream)
+        cached = int(self.cached[i])
+        tokens = len(request.candidates.values) + len(request.stream) - cached
         return Scored(
             request.request_id,
             logits,
@@ -260,19 +269,21 @@ class EngineBatch:
             spent,
             late=bool(self.late[i]),
             list_of=int(self.list_of[i]),
+            full_depth_token_layers=len(self.engine.backbone.layers) * tokens,
+            cached=None if request.user is None else cached > 0,
         )
 
     def _embed(self) -> State:
         """The row at depth 0."""
         engine = self.engine
         # 1. Stream tokens that run: those that no cache has.
-        ran = np.array([len(r.stream) for r in self.requests])  # (R,)
+        ran = np.array([len(r.stream) for r in self.requests]) - self.cached  # (R,)
         if engine.cache is not None:
             for i in np.unique(self.request_of[self.alive]).tolist():
                 request = self.requests[i]
                 if request.user is not None:
                     stream = engine.cache.take(request.user, len(engine.backbone.layers))
-                    ran[i] -= stream.adopt(request.stream)
+                    stream.adopt(request.stream, int(self.cached[i]))
                     self.streams[i] = stream
         # 2. Token ids in the order of the row.
         lengths = np.concatenate([r.candidates.lengths for r in self.requests])  # (N,)

@@ -195,9 +195,7 @@ class Run:
         prepared = prepare_requests(self.model, self.data, some) if usable else []
         scores = iter(self.engine.score(prepared))
         found = [
-            Scored.failed(r.request_id, len(r.candidates), r.error)
-            if isinstance(r, InvalidRequest)
-            else next(scores)
+            Scored.failed(r, r.error) if isinstance(r, InvalidRequest) else next(scores)
             for r in part
         ]
         # 2. what `print_counts` says
@@ -206,8 +204,8 @@ class Run:
             candidates=sum(len(one.logits) for one in scored),
             scored=len(scored),
             invalid=len(found) - len(scored),
-            tokens=sum(len(r.stream) + len(r.candidates.values) for r in prepared),
             token_layers=sum(one.token_layers for one in found),
+            full_depth=sum(one.full_depth_token_layers for one in found),
         )
         return early_exit_table(part, found), counts
 
@@ -300,7 +298,7 @@ def run_early_exit(
     model.to(trainer.strategy.root_device)
     path = place.with_name(f"{place.name}.parquet")
     counts = run.write(requests, path, about)
-    print_counts(counts, run.plan, path)
+    print_counts(counts, path)
     return path
 
 
@@ -309,16 +307,11 @@ def with_room(requests: Requests, data: InteractionData) -> Requests:
     return without_long(requests, data.encoder_of(requests), data.context_tokens)
 
 
-def print_counts(counts: Mapping[str, int], plan: ExitPlan, path: Path) -> None:
+def print_counts(counts: Mapping[str, int], path: Path) -> None:
     """Say what was scored, and where it is."""
-    note = (
-        f" ({counts['invalid']} more invalid, see the column error)"
-        if counts["invalid"]
-        else ""
-    )
     Console().print(
-        f"{counts['candidates']} candidates of {counts['scored']} requests scored{note} with "
-        f"{counts['token_layers']:,} token-layers of {plan.layers[-1] * counts['tokens']:,}: {path}"
+        f"{counts['candidates']} candidates of {counts['scored']} requests scored, {counts['invalid']} invalid "
+        f"(see the column error), with {counts['token_layers']:,} token-layers of {counts['full_depth']:,}: {path}"
     )
 
 

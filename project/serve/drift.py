@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,6 @@ class Monitor(Watch):
         reference: Mean loss on the rows the plan was calibrated on, see `reference_loss`.
         cache: Of users' streams.
         share: Share of requests that are audited.
-        seed: Of the lot.
     """
 
     def __init__(
@@ -142,7 +141,6 @@ class Monitor(Watch):
         reference: float,
         cache: StreamCache | None = None,
         share: float = 0.01,
-        seed: int = 0,
     ) -> None:
         words = (
             "the probabilities of plan and full depth have come to differ",
@@ -159,14 +157,11 @@ class Monitor(Watch):
         self._heads = EveryHead(plan.calibration)
         self._engine = Engine(model, self._heads, cache)
         self.share = share
-        self._seed = seed
-        self._requests = 0
+        self._lot = Random(0)
 
-    def draws(self, *request: object) -> bool:
-        """Whether a request is audited: a hash of the seed, its contents, and how many came before it."""
-        self._requests += 1
-        text = repr((self._seed, self._requests, request)).encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest()) < self.share * 2**64
+    def draws(self) -> bool:
+        """Whether the next request is audited."""
+        return self._lot.random() < self.share
 
     def audit(self, request: PreparedRequest) -> Scored:
         """The plan's or the list's answer to a request, from a run to full depth, whose probabilities are `audit`.

@@ -264,13 +264,7 @@ class Served:
                 case RankRequest():
                     answers.append(replace(next(ranked), run=run, batch=together, **cost))
                 case ("user", name):
-                    answers.append(
-                        {
-                            "known": ranker.knows_user(name),
-                            "history": ranker.history_of(name),
-                            "attributes": ranker.attributes_of(name),
-                        }
-                    )
+                    answers.append(ranker.user(name))
                 case ("item", name):
                     answers.append(ranker.item(name))
                 case ("about",):

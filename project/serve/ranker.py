@@ -48,7 +48,6 @@ from project.metrics import probabilities
 from project.request import Item, RankRequest, RecommendRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
-from project.run import own_version
 from project.serve.drift import AnswerMonitor, Monitor, references
 from project.serve.store import Deleted, Event, EventStore, seen
 from project.serve.waiting import Waiting
@@ -126,16 +125,9 @@ class Ranker:
         base = model.backbone_name
         self.about: dict[str, Any] = {
             "run": str(folder),
-            "version": own_version(),
             "protocol": split.hash,
             "exit_layers": list(plan.layers),
-            "criterion": plan.criterion,
             "certificate": run.certificate,
-            "audits": {
-                "share": share,
-                "reference": reference,
-                "alarm_above": self.monitor.null,
-            },
             "examples": {  # for the page
                 "users": log.users["user_id"].tail(EXAMPLES).reverse().to_list(),
                 "items": log.items["title"].head(EXAMPLES).to_list(),
@@ -333,25 +325,18 @@ class Ranker:
 
     # Who and what is known
 
-    def knows_user(self, user_id: str) -> bool:
-        """Whether the log or an event has this user."""
-        return user_id in self._users
-
-    def attributes_of(self, user_id: str) -> dict[str, Any]:
-        """Attributes of a user by name: those put last, then the log's."""
-        return self._rates.shown(user_id)
-
-    def history_of(self, user_id: str) -> list[dict[str, Any]]:
-        """A user's history, the log's rows and then events: item_id, title, label and time."""
-        if user_id not in self._users:
-            return []
-        ids = self._items["item_id"]
-        titles = self._items["title"]
-        rows = self._history(self._users[user_id]).rows
-        return [
-            {"item_id": ids[i], "title": titles[i], "label": y, "time": t}
-            for i, y, t in rows
-        ]
+    def user(self, user_id: str) -> dict[str, Any]:
+        """Whether the log or an event has a user, the history (the log's rows, then events), and attributes."""
+        known = user_id in self._users
+        history = list[dict[str, Any]]()
+        for code, label, seconds in (
+            self._history(self._users[user_id]).rows if known else ()
+        ):
+            row = self._items.row(code, named=True)
+            named = {"item_id": row["item_id"], "title": row["title"]}
+            history.append(named | {"label": label, "time": seconds})
+        attributes = self._rates.shown(user_id)
+        return {"known": known, "history": history, "attributes": attributes}
 
     def item(self, item_id: str) -> dict[str, Any] | None:
         """A known item: title and other columns, likes and rows as of now."""
@@ -411,16 +396,17 @@ class Ranker:
                 texts = self._new_texts(catalogue.added[before:])
                 missing = [] if embed or late else self._absent(texts)
                 if not asked.candidates:  # nothing may be listed
-                    found[place] = failed(asked, None)
+                    found[place] = Scored.failed(asked, None)
                 elif not missing:
                     resolved[place] = asked, own
                     if late and has_exit_0:
                         unread.update(range(before, len(catalogue.added)))
                     continue
                 else:
-                    found[place] = replace(failed(request, None), waits_for=missing)
+                    waits = Scored.failed(request, None)
+                    found[place] = replace(waits, waits_for=missing)
             except ProjectError as error:
-                found[place] = failed(request, error)
+                found[place] = Scored.failed(request, str(error))
             # or they would be embedded with the others' items
             del catalogue.added[before:]
         items, encoder = self._with(catalogue, unread)
@@ -433,39 +419,28 @@ class Ranker:
                     request, own.codes, items, encoder
                 )
             except ProjectError as error:
-                found[place] = failed(request, error)
-        # 3. What full depth would cost, and which requests are audited: before the engine
-        # changes its cache.
-        kept = {
-            p: self._cache.common(r.user, r.stream)
-            for p, r in prepared.items()
-            if r.user is not None
-        }
-        audited = {
-            p for p in prepared if not self.full_depth and self.monitor.draws(requests[p])
-        }
-        # 4. Scores; an audit's come from a run to full depth, those of lists, too, after their
-        # own alarm.
-        whole = {
-            p
-            for p, made in prepared.items()
-            if self.full_depth or (self.monitor.lists.alarm and made.list_of)
-        }
-        scored = dict[int, Scored]()
-        for engine, places in (
-            (self._engine, prepared.keys() - audited - whole),
-            (self._whole, whole - audited),
-        ):
-            order = sorted(places)
-            found_here = engine.score([prepared[p] for p in order])
-            scored.update(zip(order, found_here, strict=True))
-        scored |= {p: self.monitor.audit(prepared[p]) for p in sorted(audited)}
+                found[place] = Scored.failed(request, str(error))
+        # 3. Which requests run to full depth after an alarm, and which are audited.
+        by_plan = list[int]()
+        whole = list[int]()
+        audited = list[int]()
+        for place, made in prepared.items():
+            if self.full_depth or (self.monitor.lists.alarm and made.list_of):
+                whole.append(place)
+            elif self.monitor.draws():
+                audited.append(place)
+            else:
+                by_plan.append(place)
+        # 4. Scores.
+        scored = {place: self.monitor.audit(prepared[place]) for place in audited}
+        for engine, places in ((self._engine, by_plan), (self._whole, whole)):
+            of_these = engine.score([prepared[place] for place in places])
+            scored.update(zip(places, of_these, strict=True))
         # 5. Responses.
         titles = items["title"]
-        for place, made in prepared.items():
+        for place in prepared:
             request, own = resolved[place]
             item_ids = [id_of(item) for item in request.candidates]
-            tokens = len(made.candidates.values) + len(made.stream) - kept.get(place, 0)
             columns = features[place].columns
             found[place] = replace(
                 scored[place],
@@ -474,9 +449,7 @@ class Ranker:
                     [own.codes[item_id] for item_id in item_ids]
                 ).to_list(),
                 features={name: columns[name] for name in COLUMNS if name in columns},
-                full_depth_token_layers=self._model.depth * tokens,
                 full_depth=place in whole,
-                cached=kept[place] > 0 if place in kept else None,
             )
             if isinstance(request, RecommendRequest):
                 found[place] = self._listed(request, found[place])
@@ -538,12 +511,6 @@ class Ranker:
                 f"{self.max_new_characters:,} (--max_new_characters). Send fewer new items, or make them known first."
             )
         return texts
-
-    def prepare(self, request: RankRequest) -> PreparedRequest:
-        """A request for items of the log as the engine gets it: prefix, features and exit 0, after the log."""
-        return self._prepare(
-            replace(request, time=None), self._codes, self._items, self._encoder
-        )[0]
 
     def _with_context(
         self,
@@ -658,12 +625,6 @@ class History:
 def named_by(event: Event) -> dict[str, str]:
     """The item of an event; where it is new, all that is known of it."""
     return {"item_id": event.item_id, "title": event.item_id}
-
-
-def failed(request: RankRequest, error: ProjectError | None) -> Scored:
-    """The response to a request that is not scored."""
-    reason = None if error is None else str(error)
-    return Scored.failed(request.request_id, len(request.candidates), reason)
 
 
 def nobody_leaves(plan: ExitPlan) -> ExitPlan:

@@ -395,7 +395,7 @@ class RankResponse(BaseModel):
     items: list[RankedItem]
     usage: Usage
     depth_saved: float = Field(
-        description="Share of full depth's token-layers that was not run."
+        description="Share of full depth's token-layers that was not run; below 0 where a kept history went deeper."
     )
     late: bool
     full_depth: bool

@@ -79,17 +79,14 @@ EVENTS = sa.Table(
     TABLES,
     sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("event_id", sa.Text, unique=True, nullable=False),
-    sa.Column("user_id", sa.Text, nullable=False),
+    # a correction looks for the user's rows
+    sa.Column("user_id", sa.Text, index=True, nullable=False),
     sa.Column("item_id", sa.Text, nullable=False),
     sa.Column("label", sa.SmallInteger, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
-    sa.Column("context", sa.Text, nullable=False, server_default=""),
+    sa.Column("context", sa.Text, nullable=False),
     sa.Column("rating", sa.Double),
 )
-LATER = {
-    "context": "context TEXT DEFAULT '' NOT NULL",
-    "rating": "rating DOUBLE PRECISION",
-}
 ITEMS = sa.Table(
     "items",
     TABLES,
@@ -160,13 +157,6 @@ class EventStore:
                 column["name"]
                 for column in sa.inspect(self._engine).get_columns(table.name)
             }
-            lacks = set(table.c.keys()) - found
-            # a database that was made when events had no context, or no rating
-            if table is EVENTS and lacks <= LATER.keys():
-                with self._engine.begin() as connection:
-                    for name in lacks:
-                        connection.execute(sa.text(f"ALTER TABLE events ADD {LATER[name]}"))
-                found |= lacks
             if found != set(table.c.keys()):
                 text = f"which has a table {table.name} of another kind (columns {', '.join(sorted(found))})"
                 raise ConfigError(

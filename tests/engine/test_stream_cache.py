@@ -76,6 +76,11 @@ def never(world: World) -> ExitPlan:
     return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
 
 
+def at_exit(world: World, layer: int, cache: StreamCache | None) -> Engine:
+    """An engine with a static exit."""
+    return Engine(world.module, static_exits(world.plan(Ratio(), 0.4), layer), cache)
+
+
 def at_depth(
     world: World,
     cache: StreamCache | None,
@@ -83,8 +88,7 @@ def at_depth(
     layer: int = EXITS[-1],
 ) -> Scored:
     """The request at a static depth."""
-    decision = static_exits(world.plan(Ratio(), 0.4), layer)
-    return Engine(world.module, decision, cache).score([request])[0]
+    return at_exit(world, layer, cache).score([request])[0]
 
 
 # first and last segment, tied segments, and up to which segment the stream is known: 0 is
@@ -203,6 +207,25 @@ def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
         own,
     )
     np.testing.assert_allclose(first.logits, second.logits, atol=1e-5)
+
+
+def test_full_depth_costs_what_an_engine_at_full_depth_runs(world: World) -> None:
+    """Request by request: of one user twice in a call, longer histories, and tokens that stopped shallow and go on."""
+    full = at_exit(world, EXITS[-1], StreamCache())
+    cache = StreamCache()
+    first = request_of(history(0, 9))
+    steps = [(1, [first, first]), (5, [first]), (3, [request_of(history(0, 11))] * 2)]
+    saved = list[int]()
+    for layer, requests in steps:
+        scores = at_exit(world, layer, cache).score(requests)
+        for scored, whole in zip(scores, full.score(requests), strict=True):
+            assert scored.full_depth_token_layers == whole.token_layers
+            assert scored.cached == whole.cached == bool(saved)
+            saved.append(whole.token_layers - scored.token_layers)
+    # four layers of the history were saved first, and run later
+    own = len(first.candidates.values)
+    shared = len(first.stream)
+    assert saved[:3] == [4 * (own + shared), 4 * own, -4 * shared]
 
 
 STEP = st.tuples(

@@ -211,16 +211,10 @@ def test_a_late_audit_shows_nothing(world: World) -> None:
 
 
 def test_the_lot(world: World) -> None:
-    """One in a hundred of 20,000 (within 4 standard deviations); the same again with the same seed and requests."""
-    drawn = [
-        [monitor.draws(user, None, ["a", "b"]) for user in range(20_000)]
-        for monitor in (
-            Monitor(world.module, world.plan(Ratio(), 0.4), Lists(), 0.1, seed=s)
-            for s in (0, 0, 1)
-        )
-    ]
-    assert abs(sum(drawn[0]) - 200) < 4 * np.sqrt(198)
-    assert drawn[0] == drawn[1] != drawn[2]
+    """One in a hundred of 20,000, within 4 standard deviations."""
+    monitor = Monitor(world.module, world.plan(Ratio(), 0.4), Lists(), 0.1)
+    drawn = sum(monitor.draws() for _ in range(20_000))
+    assert abs(drawn - 200) < 4 * np.sqrt(198)
 
 
 @pytest.mark.slow
@@ -248,7 +242,6 @@ def test_a_ranker_falls_back_to_full_depth(
         np.testing.assert_allclose(found.probabilities, other.audit, atol=1e-5)
     assert audited.full_depth
     assert sum("drift" in r.message for r in caplog.records) == 1
-    assert audited.about["audits"]["reference"] > 0
 
 
 def test_an_audited_list_is_what_the_engine_lists(world: World) -> None:
@@ -333,4 +326,3 @@ def test_without_a_score_table_nothing_is_audited(
     )
     ranker = Ranker.load(run, audit_share=1.0)
     assert ranker.rank_after_log([RankRequest("u1", None, ["i1"])])[0].audit is None
-    assert ranker.about["audits"]["reference"] is None

@@ -63,7 +63,7 @@ def test_what_is_listed_may_be_listed(
             assert one.error is None
             listed = [one.item_ids[place] for place in one.listed]
             years = [year_of[item_id] for item_id in listed]
-            history = {row["item_id"] for row in ranker.history_of(request.user_id)}
+            history = {row["item_id"] for row in ranker.user(request.user_id)["history"]}
             assert request.include_answered or not history & {*one.item_ids}
             assert not {*request.deny} & {*one.item_ids}
             assert request.allow is None or {*one.item_ids} <= {*request.allow}

@@ -58,7 +58,7 @@ def test_a_refit_has_the_events(
     ranker = Ranker.load(folder, audit_share=0.0)
     store.add([Event("e", "u1", "new", 1, 2003.0)])
     ranker.follow(store)
-    assert [row["item_id"] for row in ranker.history_of("u1")[-2:]] == ["i7", "new"]
+    assert [row["item_id"] for row in ranker.user("u1")["history"][-2:]] == ["i7", "new"]
     assert (
         ranker.rank_after_log([RankRequest("u1", None, ["new"])])[0].features["item_count"][
             0

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import sqlalchemy as sa
 from fake_ranker import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,21 +215,6 @@ def test_an_event_replaces_earlier_ones_of_its_item(url: str) -> None:
         assert store.add([event("a")]) == Added(0, [])
         last = store.arrivals(0)[0]
         assert (store.delete(event_id="a"), store.arrivals(last)[1]) == (1, [])
-
-
-def test_a_database_from_before_events_had_context_and_rating(url: str) -> None:
-    """The columns are added: its events have none, new ones keep theirs, and another context is a conflict."""
-    with closing(EventStore(url)) as store:
-        store.add([event("old")])
-        with store._engine.begin() as connection:
-            for name in ("context", "rating"):
-                connection.execute(sa.text(f"ALTER TABLE events DROP COLUMN {name}"))
-    said = event("new")._replace(context='{"device": "pc"}', rating=4.5)
-    with closing(EventStore(url)) as store:
-        assert store.add([event("old"), said]) == Added(1, [])
-        assert store.add([event("new")]) == Added(0, ["new"])
-    with closing(EventStore(url)) as store:
-        assert store.arrivals(0)[1] == [event("old"), said]
 
 
 def test_a_database_that_cannot_be_used(tmp_path: Path) -> None:
