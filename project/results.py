@@ -164,7 +164,6 @@ class CertificateRow(TypedDict):
     estimand: str
     bound: float | None
     estimate: float | None
-    path_step: int | None
     passed: bool | None
     users_needed: int | None
     reason: str | None
@@ -197,13 +196,6 @@ class PolicyRow(TypedDict):
     calibration: dict[str, dict[str, float]]  # by layer: logit, exit_0 and offset
     pareto: list[Point]
     chosen_step: int
-
-
-class Certified(TypedDict):
-    """The fastest step that the certificate reached."""
-
-    path_step: int
-    words: str
 
 
 class ListRow(TypedDict):
@@ -241,7 +233,6 @@ class Calibration(TypedDict):
     budget_words: str | None
     certificate: CertificateRow | None
     certificate_words: str
-    certified: Certified | None
     lists: ListRows
     ledger: list[Issued]
 

@@ -175,8 +175,6 @@ class ProjectTrainer(L.Trainer):
         if self.is_global_zero:
             callback.write_into(Path(ckpt_path))
             said = [result["budget_words"], result["certificate_words"]]
-            if result["certified"] is not None:
-                said.append(result["certified"]["words"])
             said += lists_in_words(result["lists"])
             Console(width=120).print(*filter(None, said), f"written: {ckpt_path}", sep="\n")
 

@@ -15,7 +15,7 @@ from project.data.protocol import FOLDS, ROLES, SPLITS
 from project.evaluation.baselines import AgainstBaseline, Baseline
 from project.evaluation.result import PlannedRows, adaptive_summary, comparison, part_of
 from project.exits.budget import calibrate
-from project.exits.criteria import Consistency, Ratio
+from project.exits.criteria import Consistency
 from project.exits.plan import ExitSettings
 from project.metrics import probabilities
 from project.run import result_head, score_table, write_json
@@ -91,9 +91,7 @@ def results(rows: int = 400) -> dict[str, dict[str, Any]]:
     """
     targets, scores, baselines = simulated(rows)
     features = np.random.default_rng(1).normal(size=(2 * rows, 3))
-    settings = ExitSettings(
-        criterion=Consistency(), compare=[Ratio()], max_auc_drop=0.01, alpha=0.5
-    )
+    settings = ExitSettings(criterion=Consistency(), max_auc_drop=0.01, alpha=0.5)
     valid = scores.filter(pl.col("split") == "valid")
     plans, document = calibrate(valid, features[:rows], settings, MANIFEST["hash"])
     files: dict[str, dict[str, Any]] = {

@@ -159,20 +159,11 @@ class Bench:
         for layer in self.model.exit_layers[:-1]:
             if case.history is None or layer == self.plans.static_exit:
                 found.append(self._static(layer, scored, cache))
-        # 3. the run's plan, and the one its certificate allows, which takes too long with
-        # many candidates
-        short = case.candidates > 64 or case.at_once > 1
-        plans = {
-            "budget": self.plans.plan,
-            "certified": None if short else self.plans.certified,
-        }
-        for name, plan in plans.items():
-            if plan is not None:
-                decision = RowExits(plan, self._device)
-                words = f"{name}: {plan.criterion}"
-                found.append(
-                    self._by_row("early_exit", words, plan, decision, scored, cache)
-                )
+        # 3. the run's plan
+        plan = self.plans.plan
+        decision = RowExits(plan, self._device)
+        words = f"budget: {plan.criterion}"
+        found.append(self._by_row("early_exit", words, plan, decision, scored, cache))
         # 4. lists of the best k
         if scored is not None:
             found.append(self._best_list(scored, cache))

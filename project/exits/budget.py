@@ -11,12 +11,13 @@ from torch import Tensor
 
 from project.arrays import F64
 from project.errors import ConfigError, DataError
-from project.exits.certificate import Certificate, CertificateSettings, certify
-from project.exits.criteria import (
-    Criterion,
-    fit_criteria,
-    name,
+from project.exits.certificate import (
+    Certificate,
+    CertificateSettings,
+    certify,
+    not_tested,
 )
+from project.exits.criteria import Criterion, fit_criteria, name
 from project.exits.plan import (
     ExitPlan,
     ExitSettings,
@@ -29,8 +30,8 @@ from project.exits.plan import (
 from project.exits.policy import Policy
 from project.exits.ranking import no_lists
 from project.exits.search import (
-    Path,
     Step,
+    ThresholdPath,
     bound_margins,
     budget_step,
     control_curves,
@@ -56,7 +57,7 @@ class Curve:
     """
 
     criterion: Criterion
-    path: Path
+    path: ThresholdPath
     influences: F64
     step: int = 0
 
@@ -110,9 +111,10 @@ class TuneFold:
         self.static_exit = equal_accuracy_exit(self.controls["fixed_depth"])
         curves = list[Curve]()
         for criterion, confidence in fitted:
-            about = confidence, self.outputs.logits, self.labels
-            path = threshold_path(*about, self.outputs.layers, self.tokens)
-            curves.append(Curve(criterion, path, user_influences(path, *about, users)))
+            logits = self.outputs.logits
+            path = threshold_path(confidence, logits, self.labels, layers, self.tokens)
+            influences = user_influences(path, confidence, logits, self.labels, users)
+            curves.append(Curve(criterion, path, influences))
         # a criterion that is given decides alone, the others are only drawn
         self._competing = len(curves) if settings.criterion is None else 1
         self.curves = [replace(curve, step=self.step_of(curve)) for curve in curves]
@@ -168,102 +170,74 @@ def calibrate(
     ledger of the run's results/calibrate.json, which must not be tried again. `checkpoint` names the weights that made
     the scores. Where `fitting`, they are the next ones of a fit, which chooses among checkpoints on `select` alone.
     """
-    # 1. whether the certify fold may be read: it is for one certificate
-    promise = settings.certificate
-    ledger = list(issued)
-    words = "No certificate: exits.certificate is null."
-    if promise is not None:
-        try:
-            tried = certified_settings(settings) | {"checkpoint": checkpoint}
-            ledger = admit(issued, tried, protocol_hash, fitting)
-        except ConfigError as error:
-            promise = None
-            words = f"No certificate: {error}."
     _check_folds(scores)
-    tuned, certified = ((scores["fold"] == fold).to_numpy() for fold in ("tune", "certify"))
-    # 2. on tune: calibration, every criterion's path, the budget's step
-    tune = TuneFold(scores.filter(tuned), features[tuned], settings)
-    best = tune.best  # the criterion that decides
-    layers = tune.outputs.layers
-    # 3. on certify, once: the budget's policy, then faster steps until one fails; full
-    # depth, step 0, takes no test
-
-    # indices of the path's steps that are tested, in this order
-    sequence = [0, *range(max(best.step, 1), len(best.path))]
-    certificate = further = last = None
-    if promise is not None:
-        on_certify = scores.filter(certified), features[certified]
-        certificate, further = _certificates(tune, sequence, *on_certify, promise)
-        words = certificate.in_words()
-        last = None if further.path_step is None else sequence[further.path_step]
-        if further.passed is None:  # nothing was tested, so the fold may be read once more
-            ledger = list(issued)
-    # 4. what is kept, and what is reported
+    # 1. the plan, from tune alone
+    on_tune = (scores["fold"] == "tune").to_numpy()
+    tune = TuneFold(scores.filter(on_tune), features[on_tune], settings)
+    plan = tune.plan(tune.best.step)
+    # 2. its certificate, from certify, which is read for one alone
+    ledger = list(issued)
+    certificate = None
+    words = "No certificate: exits.certificate is null."
+    if settings.certificate is not None:
+        tried = certified_settings(settings) | {"checkpoint": checkpoint}
+        try:
+            admitted = admit(issued, tried, protocol_hash, fitting)
+        except ConfigError as error:
+            words = f"No certificate: {error}."
+        else:
+            certificate = certificate_of(plan, scores, features, settings.certificate)
+            words = certificate.in_words()
+            if certificate.passed is not None:  # else the fold may be read once more
+                ledger = admitted
+    # 3. what is kept, and what is reported
     document: CalibrationDocument = {
         "policies": [
             {
                 "criterion": name(curve.criterion),
                 "settings": specification(curve.criterion),
-                "thresholds": _by_layer(layers, curve.chosen.thresholds),
+                "thresholds": _by_layer(plan.layers, curve.chosen.thresholds),
                 "calibration": tune.calibration.as_dict(),
-                "pareto": [s.point() for s in curve.path],
+                "pareto": [step.point() for step in curve.path],
                 "chosen_step": curve.step,
             }
             for curve in tune.curves
         ],
         "controls": tune.controls,
-        "chosen": name(best.criterion),
+        "chosen": plan.criterion,
         "budget": {"max_auc_drop": settings.max_auc_drop},
         "budget_words": tune.in_words(),
         "certificate": None if certificate is None else certificate.to_dict(),
         "certificate_words": words,
-        "certified": None,
         "lists": no_lists(),
         "ledger": ledger,
     }
-    if last is not None and further is not None:
-        if last == best.step:
-            relation = "The certified policy is the budget policy: no faster step of its path passed."
-        else:
-            relation = (
-                f"Tested after the budget policy, in the order of the path and at the same delta: the certified policy "
-                f"is step {last}, {last - best.step} faster than the budget's. {further.in_words()}"
-            )
-        document["certified"] = {"path_step": last, "words": relation}
     plans = Plans(
-        plan=tune.plan(best.step),
+        plan=plan,
         static_exit=tune.static_exit["layer"],
-        certified=None if last is None else tune.plan(last),
         certificate=document["certificate"],
         budget_words=document["budget_words"],
     )
     return plans, document
 
 
-def _certificates(
-    tune: TuneFold,
-    sequence: list[int],
-    rows: pl.DataFrame,
-    features: F64,
-    promise: CertificateSettings,
-) -> tuple[Certificate, Certificate]:
-    """Of the budget's step alone and of the sequence that begins with it.
-
-    The sequence ends before a step that runs no layer: leaving at exit 0 throughout is not early exit.
-    """
-    # 1. (steps, n) logits that every step emits; the path may end before the sequence does
-    thresholds = [tune.best.path[step].thresholds for step in sequence]
-    path = np.stack(tune.plan(0).emitted_along(thresholds, rows, features))
-    # 2. two certificates of one sequence: of its first step alone, and as far as it goes
-    labels = rows["label"].to_numpy()
-    users = rows["user"].to_numpy()
-    first = 1 + (tune.best.step > 0)
-    own, further = (
-        certify(part, path[0], labels, users, promise) for part in (path[:first], path)
+def certificate_of(
+    plan: ExitPlan, scores: pl.DataFrame, features: F64, promise: CertificateSettings
+) -> Certificate:
+    """The certificate of a plan by the rows of the fold certify; a plan that is full depth or exit 0 takes no test."""
+    on_certify = (scores["fold"] == "certify").to_numpy()
+    rows = scores.filter(on_certify)
+    outputs = plan.outputs(rows, features[on_certify])
+    layers, emitted = plan.emitted(outputs)
+    reason = None
+    if plan.policy.thresholds[:-1].isposinf().all():
+        reason = "the plan is full depth"
+    elif len(rows) and not layers.any():
+        reason = "every row leaves at exit 0, so no layer runs"
+    untested = not_tested(rows["user"].n_unique(), promise, reason)
+    return untested or certify(
+        emitted, outputs.logits[:, -1], rows["label"], rows["user"], promise
     )
-    if len(path) == 1 < len(sequence):
-        own = replace(own, reason="every row leaves at exit 0, so no layer runs")
-    return own, further
 
 
 def _check_folds(scores: pl.DataFrame) -> None:

@@ -7,13 +7,10 @@
 3. p-value. Of users, 1 / the largest capital ever held (Ville 1939). Of pairs, whose capital depends on who is paired
    with whom, 1 / the average of the final capitals of many pairings: an average of e-values, however dependent, is an
    e-value (Vovk and Wang 2021). Each passes more often than the other would.
-4. Walk. Steps of a path are tested from safe to fast until the first that fails; the answer is the last that passed
-   (fixed-sequence Learn-then-Test, Angelopoulos et al. 2021). Step 0, full depth, has risk 0 and takes no test.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import ClassVar, cast
 
 import numpy as np
@@ -109,12 +106,11 @@ class OverlapPromise(CertificateSettings):
 class Certificate:
     """What was promised and whether it holds: `certificate` of results/calibrate.json.
 
-    `path_step` is the last step of the path that passed. `estimate` is the mean loss of that step, or of step 1 where
-    none did, and `bound` its upper bound at level delta; the promise is epsilon, as the bound is that step's alone and
-    does not pay for the choice among steps. `passed` is None where nothing was tested, so that the fold has not been
-    read, for want of users or for a `reason`. `users_needed` says about how many of the `n` users would do: before a
-    test of a plan without any loss, after a failure with losses such as step 1's; None: more would not help. It
-    holds at this number of users, whatever the distribution of their losses (finite-sample).
+    `estimate` is the mean loss of the plan and `bound` its upper bound at level delta; the promise is epsilon. `passed`
+    is None where nothing was tested, so that the fold has not been read, for want of users or for a `reason`.
+    `users_needed` says about how many of the `n` users would do: before a test of a plan without any loss, after a
+    failure with losses such as the plan's; None: more would not help. It holds at this number of users, whatever the
+    distribution of their losses (finite-sample).
     """
 
     epsilon: float
@@ -123,7 +119,6 @@ class Certificate:
     estimand: str
     bound: float | None = None
     estimate: float | None = None
-    path_step: int | None = None
     passed: bool | None = None
     users_needed: int | None = None
     reason: str | None = None
@@ -153,40 +148,55 @@ class Certificate:
         return f"The certificate did not pass: it is not shown that {promise} ({basis}); {need}."
 
 
+def not_tested(
+    users: int, settings: CertificateSettings, reason: str | None = None
+) -> Certificate | None:
+    """The certificate where there is a `reason`, or too few users for any plan to pass; else None."""
+    needed = settings.users_needed() or 0
+    if reason is None and users >= needed:
+        return None
+    return Certificate(
+        settings.epsilon,
+        settings.delta,
+        users,
+        settings.estimand,
+        users_needed=needed if reason is None else None,
+        reason=reason,
+    )
+
+
 def certify(
-    path: ArrayLike,
+    emitted: ArrayLike,
     full: ArrayLike,
     labels: ArrayLike,
     users: ArrayLike,
     settings: CertificateSettings,
 ) -> Certificate:
-    """Certify a path of policies on the n rows of the `certify` fold; a single policy is the path [full depth, policy].
+    """Certify the AUC gap of a plan on the n rows of the `certify` fold.
 
-    `path` (steps, n) holds the calibrated logits that each step emits, `full` (n,) those of the last head, which step 0
-    equals. Their risk is the AUC gap.
+    `emitted` (n,) are the calibrated logits that rows leave with, `full` (n,) those of the last head.
     """
-    scores = np.asarray(path, dtype=np.float64)  # (steps, n)
-    last = np.asarray(full, dtype=np.float64)  # (n,)
+    adaptive, last = (np.asarray(x, dtype=np.float64) for x in (emitted, full))
+    if np.isnan(adaptive).any() or np.isnan(last).any():
+        raise DataError("certify: logits are NaN")
     # (n,) users as numbers from 0
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
-    if np.isnan(scores).any() or not np.array_equal(scores[0], last):
-        raise DataError("certify: logits are NaN, or step 0 of the path is not full depth")
+    n = np.unique(owners).size
     # the fold is not read
-    if (n := np.unique(owners).size) < (settings.users_needed() or 0):
-        return _walk(lambda _: np.zeros((1, 0)), len(scores), n, settings)
+    too_few = not_tested(n, settings)
+    if too_few is not None:
+        return too_few
     truth = np.asarray(labels)
     if np.unique(truth).size < 2:
         raise DataError(
             "exits.certificate: the AUC gap needs both classes in the certify fold"
         )
-    # made once: every step is measured on the same pairs
     pairs = UserPairs(truth, owners)
-    best = pairs.auc(last)
-    return _walk(lambda step: best - pairs.auc(scores[step]), len(scores), n, settings)
+    return _test(pairs.auc(last) - pairs.auc(adaptive), n, settings)
 
 
 def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:
-    """Certify a path from losses (steps, users) in the risk's range; those of step 0, where nobody leaves, are 0."""
+    """Certify a plan by its losses (users,) in the risk's range."""
     values = np.asarray(losses, dtype=np.float64)
     low, high = settings.range
     # the bets are valid for losses in the range alone
@@ -196,41 +206,28 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
             f"{outside.sum()} losses outside [{low:.4g}, {high:.4g}], first {values[outside][0]}"
         )
     # bets must not follow time or label
-    order = np.random.default_rng(0).permutation(values.shape[1])[None]
-    return _walk(lambda step: values[step][order], len(values), values.shape[1], settings)
+    order = np.random.default_rng(0).permutation(values.size)
+    return not_tested(values.size, settings) or _test(
+        values[order][None], values.size, settings
+    )
 
 
-def _walk(
-    losses_of: Callable[[int], F64], steps: int, n: int, settings: CertificateSettings
-) -> Certificate:
-    found = Certificate(settings.epsilon, settings.delta, n, settings.estimand)
-    # 1. is there anything to test, and are there enough users for any plan to pass?
-    if steps == 1:
-        return replace(found, reason="the plan is full depth")
-    least = settings.users_needed()
-    if least is not None and n < least:
-        return replace(found, users_needed=least)
-    # 2. from safe to fast, until the first step that fails
-    epsilon = float(settings.rescale(settings.epsilon))
-    # `shown` are the losses that estimate and bound are about
-    last: int | None = None  # the last step that passed
-    shown = losses_of(1)
-    for step in range(1, steps):
-        losses = shown if step == 1 else losses_of(step)
-        if not p_value(settings.rescale(losses), epsilon, settings.delta) <= settings.delta:
-            break
-        last = step
-        shown = losses
-    # 3. the last that passed, or step 1
+def _test(losses: F64, n: int, settings: CertificateSettings) -> Certificate:
+    """The certificate of losses as of `p_value`, but in the risk's range."""
     low, high = settings.range
-    return replace(
-        found,
-        bound=low
-        + upper_bound(settings.rescale(shown), epsilon, settings.delta) * (high - low),
-        estimate=float(np.nanmean(shown)),
-        path_step=last,
-        passed=last is not None,
-        users_needed=settings.users_needed(shown) if last is None else None,
+    epsilon = float(settings.rescale(settings.epsilon))
+    rescaled = settings.rescale(losses)
+    passed = p_value(rescaled, epsilon, settings.delta) <= settings.delta
+    bound = upper_bound(rescaled, epsilon, settings.delta)
+    return Certificate(
+        settings.epsilon,
+        settings.delta,
+        n,
+        settings.estimand,
+        bound=low + bound * (high - low),
+        estimate=float(np.nanmean(losses)),
+        passed=passed,
+        users_needed=None if passed else settings.users_needed(losses),
     )
 
 

@@ -21,8 +21,6 @@ from project.errors import ConfigError, DataError
 from project.features import FEATURES
 from project.metrics import SMALLEST_PROBABILITY
 
-# a criterion that learns is fitted on the users of one part and scores those of the other
-USER_PARTS = 2
 QUANTILES = 1001  # points of a frozen distribution: its error is below .001 in quantile
 
 
@@ -43,12 +41,9 @@ class HeadOutputs:
         cls, layers: Sequence[int], logits: Tensor, retrieved: Tensor | None = None
     ) -> HeadOutputs:
         """The retrieved features in the type of the logits; None is F = 0."""
-        known = (
-            logits.new_zeros(logits.shape[0], 0)
-            if retrieved is None
-            else retrieved.to(logits)
-        )
-        return cls(tuple(layers), logits, known)
+        if retrieved is None:
+            retrieved = logits.new_zeros(logits.shape[0], 0)
+        return cls(tuple(layers), logits, retrieved.to(logits))
 
     @property
     def heads(self) -> int:
@@ -121,60 +116,46 @@ class StaticExit(Criterion):
 
 
 class Consistency(Criterion):
-    """Minus the largest |p_j - p_(j-1)| over the last heads: the score stopped moving.
+    """Minus |p_k - p_(k-1)|: the score stopped moving."""
 
-    Args:
-        heads: Number of last changes that count, at least 1; no row leaves before head index `heads`.
-    """
-
-    def __init__(self, heads: int = 1) -> None:
-        if heads < 1:
-            raise ConfigError(f"{name(self)}: heads is {heads}, expected at least 1")
-        self.heads = self.first = heads
+    first = 1
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """(n,) in [-1, 0]; -inf before there were `heads` changes."""
-        if outputs.heads <= self.first:
+        """(n,) in [-1, 0]; -inf at the first head."""
+        if outputs.heads == 1:
             return torch.full_like(outputs.logits[:, -1], -torch.inf)
-        return -outputs.probabilities[:, -self.heads - 1 :].diff(dim=1).abs().amax(dim=1)
+        return -outputs.probabilities[:, -2:].diff(dim=1).abs().squeeze(1)
 
 
 class RatioConsistency(Consistency):
     """Confident and no longer moving: the smaller of the two quantiles among the tune rows at that head.
 
     The rule of the paper: both conditions must hold. Quantiles put them on one scale.
-
-    Args:
-        heads: Number of last changes that count, at least 1; no row leaves before head index `heads`.
     """
 
     def fit(self, outputs: HeadOutputs) -> None:
         """Freeze both distributions at every head."""
         # what is known at each head
         parts = [outputs.until(k) for k in range(outputs.heads)]
-        consistency = super().confidence
+        rules = {"ratio": Ratio(), "consistency": Consistency()}
         self.tensors = {
-            "ratio_quantiles": torch.stack(
-                [_quantiles(Ratio().confidence(part)) for part in parts]
-            ),
-            "consistency_quantiles": torch.stack(
-                [_quantiles(consistency(part)) for part in parts]
-            ),
+            f"{of}_quantiles": torch.stack(
+                [_quantiles(rule.confidence(part)) for part in parts]
+            )
+            for of, rule in rules.items()
         }
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
-        """(n,) in [0, 1]; -inf before there were `heads` changes."""
+        """(n,) in [0, 1]; -inf at the first head."""
         consistency = super().confidence(outputs)
-        if outputs.heads <= self.first:
+        if outputs.heads == 1:
             return consistency
-        grids = (
-            self.tensors[f"{of}_quantiles"][outputs.heads - 1]
-            for of in ("ratio", "consistency")
-        )
         # (n,) each, on one scale once they are quantiles
-        both = (Ratio().confidence(outputs), consistency)
+        head = outputs.heads - 1
+        ratio = Ratio().confidence(outputs)
         return torch.minimum(
-            *(_quantile_of(x, grid) for x, grid in zip(both, grids, strict=True))
+            _quantile_of(ratio, self.tensors["ratio_quantiles"][head]),
+            _quantile_of(consistency, self.tensors["consistency_quantiles"][head]),
         )
 
 
@@ -237,30 +218,26 @@ def out_of_fold_confidence(
 ) -> Tensor:
     """Confidence of tune rows by criteria that saw no row of the same user, (n, K): what thresholds are fitted on.
 
-    `make` makes an unfitted criterion; `users` (n,) are cut into USER_PARTS in the order of a salted hash.
+    `make` makes an unfitted criterion; `users` (n,) are cut into two halves in the order of a salted hash.
     """
     # users, and the user of each row as a number
-    found, code = np.unique(np.asarray(users), return_inverse=True)
-    if found.size < USER_PARTS:
+    names, code = np.unique(np.asarray(users), return_inverse=True)
+    if names.size < 2:
         raise DataError(
-            f"a criterion that learns is scored on other users than it is fitted on: {found.size} users of the fold "
-            f"tune cannot make {USER_PARTS} parts; use more data, or a criterion that does not learn"
+            f"a criterion that learns is scored on other users than it is fitted on: {names.size} users of the fold "
+            "tune cannot make 2 parts; use more data, or a criterion that does not learn"
         )
     # in the order of a hash, which has nothing to do with the order of rows or names
-    digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in found.tolist()]
-    place = np.empty(found.size, dtype=np.int64)
-    # (users,) each user's rank in that order
-    place[sorted(range(found.size), key=digests.__getitem__)] = np.arange(found.size)
-    # (n,) the part of each row's user
-    part = torch.from_numpy((place * USER_PARTS // found.size)[code.reshape(-1)]).to(
-        outputs.logits.device
-    )
+    digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in names.tolist()]
+    rank = np.argsort(sorted(range(names.size), key=digests.__getitem__))  # (users,)
+    # (n,) whether a row's user is of the second half
+    second = torch.from_numpy((rank * 2 >= names.size)[code.reshape(-1)])
     table = torch.empty_like(outputs.logits)
-    for own in range(USER_PARTS):
+    for half in (~second, second):
         criterion = make()
         # fitted on the other users, read on these
-        criterion.fit(outputs.rows(part != own))
-        table[part == own] = confidence_table(criterion, outputs.rows(part == own))
+        criterion.fit(outputs.rows(~half))
+        table[half] = confidence_table(criterion, outputs.rows(half))
     return table
 
 
@@ -274,7 +251,7 @@ def fit_criteria(
 
     One that has too few rows to learn from is left out; where it is `needed`, or no other is left, that is an error.
     """
-    found = list[tuple[Criterion, Tensor]]()
+    fitted = list[tuple[Criterion, Tensor]]()
     unfit: DataError | None = None  # of the last criterion that could not be fitted
     for one in unfitted:
         # the settings' own stays unfitted: the next calibration begins with it
@@ -291,10 +268,10 @@ def fit_criteria(
                 raise
             unfit = error
             continue
-        found.append((criterion, confidence))
-    if unfit is not None and not found:
+        fitted.append((criterion, confidence))
+    if unfit is not None and not fitted:
         raise unfit
-    return found
+    return fitted
 
 
 def _quantiles(values: Tensor) -> Tensor:

@@ -27,11 +27,10 @@ from project.exits.criteria import (
     Ratio,
     RatioConsistency,
     StaticExit,
-    confidence_table,
     name,
     try_out,
 )
-from project.exits.policy import Policy, leave
+from project.exits.policy import Policy
 from project.exits.ranking import Lists
 from project.results import CertificateRow, Issued, Specification
 from project.run import Checkpoint, exit_layers_of
@@ -42,8 +41,7 @@ class ExitSettings:
     """How exits are calibrated.
 
     Args:
-        criterion: The criterion that decides; None takes the best of `compare` on `tune`.
-        compare: Criteria whose curves are drawn; None compares all there are.
+        criterion: The criterion that decides; None takes the best on `tune` of all there are.
         exit_0: true lets candidates leave before the first layer and enters every head's calibration; false does
             not.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
@@ -55,7 +53,6 @@ class ExitSettings:
     """
 
     criterion: Criterion | None = None
-    compare: list[Criterion] | None = None
     exit_0: bool = True
     max_auc_drop: float = 0.002
     alpha: float = 0.1
@@ -74,12 +71,8 @@ class ExitSettings:
             raise ConfigError(
                 f"exits.alpha is {self.alpha}; expected a chance above 0 and at most 0.5."
             )
-        if self.criterion is None and self.compare == []:
-            raise ConfigError(
-                "exits.compare is empty and exits.criterion null; expected a criterion."
-            )
-        for criterion in filter(None, [self.criterion, *(self.compare or [])]):
-            try_out(criterion, self.exit_0)
+        if self.criterion is not None:
+            try_out(self.criterion, self.exit_0)
 
     @property
     def one_exit(self) -> int | None:
@@ -89,15 +82,11 @@ class ExitSettings:
 
     def criteria(self) -> list[Criterion]:
         """The criteria to compare, the deciding one first if it is set."""
-        compared = self.compare
-        if compared is None:
-            compared = [Ratio(), Consistency(), RatioConsistency(), Learned()]
+        compared = [Ratio(), Consistency(), RatioConsistency(), Learned()]
         if self.criterion is None:
-            return list(compared)
-        return [
-            self.criterion,
-            *(c for c in compared if type(c) is not type(self.criterion)),
-        ]
+            return compared
+        others = (c for c in compared if type(c) is not type(self.criterion))
+        return [self.criterion, *others]
 
 
 def raw_outputs(
@@ -161,21 +150,6 @@ class ExitPlan:
             1, index[:, None]
         ).squeeze(1)
 
-    def emitted_along(
-        self, thresholds: Sequence[Tensor], scores: pl.DataFrame, features: F64
-    ) -> list[F64]:
-        """(n,) logits that rows leave with by each of these thresholds, up to those by which no layer runs."""
-        outputs = self.outputs(scores, features)
-        confidence = confidence_table(self.policy.criterion, outputs)
-        found = list[F64]()
-        for limits in thresholds:
-            exits = leave(confidence, limits)
-            if outputs.layers[0] == 0 and len(scores) > 0 and not exits.any().item():
-                break
-            left_with = outputs.logits.gather(1, exits[:, None]).squeeze(1)
-            found.append(left_with.double().numpy())
-        return found
-
     def state(self) -> Checkpoint:
         """For a checkpoint: tensors, numbers and text only."""
         return {
@@ -200,7 +174,7 @@ class ExitPlan:
         if not (isinstance(found, type) and issubclass(found, Criterion)):
             raise ConfigError(
                 f"the checkpoint's exit criterion is {path!r}, which is no Criterion that the configuration names; "
-                "expected one of project.exits, or the class at exits.criterion or exits.compare. Use the run's own "
+                "expected one of project.exits, or the class at exits.criterion. Use the run's own "
                 "config.yaml, or import the class first in Python."
             )
         criterion: Criterion = found(**state["criterion"]["init_args"])
@@ -216,14 +190,13 @@ CHECKPOINT_KEY = "exit_plans"  # of a run's checkpoint, under which its plans li
 class Plans:
     """The plans of a run, as its checkpoint keeps them.
 
-    `plan` is in use, `certified` the fastest that the certificate reached, None where its first test failed.
-    `static_exit` is the layer of the static exit of equal accuracy: the shallowest that is nearly as good as the best
-    on tune. `lists` lets candidates leave by `plan`'s heads where the best k are asked for.
+    `plan` is in use, `certificate` is its test. `static_exit` is the layer of the static exit of equal accuracy: the
+    shallowest that is nearly as good as the best on tune. `lists` lets candidates leave by `plan`'s heads where the
+    best k are asked for.
     """
 
     plan: ExitPlan
     static_exit: int
-    certified: ExitPlan | None = None
     lists: Lists = field(default_factory=Lists)
     certificate: CertificateRow | None = None
     budget_words: str | None = None  # why the plan is full depth, where users are too few
@@ -233,7 +206,6 @@ class Plans:
         return {
             "plan": self.plan.state(),
             "static_exit": self.static_exit,
-            "certified": None if self.certified is None else self.certified.state(),
             "lists": self.lists.state(),
             "certificate": json.dumps(self.certificate),
             "budget_words": self.budget_words,
@@ -242,13 +214,9 @@ class Plans:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Plans:
         """From what `state` gave."""
-        certified = (
-            None if state["certified"] is None else ExitPlan.from_state(state["certified"])
-        )
         return cls(
             ExitPlan.from_state(state["plan"]),
             state["static_exit"],
-            certified,
             Lists.from_state(state["lists"]),
             json.loads(state["certificate"]) or None,
             state.get("budget_words"),
@@ -278,17 +246,11 @@ def certified_settings(settings: ExitSettings) -> dict[str, object]:
     Budget and exit 0 choose these policies on `tune`: with others, another policy is tested on the same fold. What has
     no part in the choice is left out.
     """
-    compared = settings.criteria() if settings.criterion is None else [settings.criterion]
     keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "lists")
-    in_short = []  # such as consistency(heads=2)
-    for criterion in compared:
-        arguments = specification(criterion)["init_args"]
-        in_short.append(
-            f"{name(criterion)}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
-        )
+    criterion = settings.criterion
     promise = {} if settings.certificate is None else asdict(settings.certificate)
     return (
-        {"exits.criterion": in_short}
+        {"exits.criterion": criterion and specification(criterion)}
         | {f"exits.{key}": getattr(settings, key) for key in keys}
         | {f"exits.certificate.{key}": value for key, value in promise.items()}
     )

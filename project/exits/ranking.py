@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from project.arrays import F64, I8
-from project.exits.certificate import OverlapPromise, certify_losses, user_means
+from project.exits.certificate import (
+    OverlapPromise,
+    certify_losses,
+    not_tested,
+    user_means,
+)
 from project.exits.cost import request_cost
 from project.exits.criteria import HeadOutputs
 from project.exits.top_k import TopK, fit_margins, overlap_at_k
@@ -171,15 +176,17 @@ def certify_lists(
     all promises hold together.
     """
     promise = OverlapPromise(EPSILON, delta / max(len(lists.margins), 1))
-    certify = score() if users >= (promise.users_needed() or 0) else None
+    certificate = not_tested(users, promise)
+    certify = score() if certificate is None else None
     for row in lists.document["lengths"]:
-        losses = np.zeros((2, users))
         if certify is not None:
             k = row["k"]
             exits = lists.top_k(k).exits(certify.request, certify.outputs)
             keys = list_keys(certify.outputs, exits)
-            losses[1] = user_means(1.0 - certify.overlaps(keys, k), certify.user)
-        row["certificate"] = certify_losses(losses, promise).to_dict()
+            losses = user_means(1.0 - certify.overlaps(keys, k), certify.user)
+            certificate = certify_losses(losses, promise)
+        assert certificate is not None
+        row["certificate"] = certificate.to_dict()
 
 
 def lists_in_words(document: ListRows) -> list[str | None]:

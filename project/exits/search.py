@@ -70,7 +70,7 @@ class Step:
         }
 
 
-Path = tuple[Step, ...]
+ThresholdPath = tuple[Step, ...]
 """Steps of falling cost; the first is full depth, where nobody leaves early."""
 
 
@@ -86,7 +86,7 @@ def threshold_path(
     labels: ArrayLike,
     layers: Sequence[int],
     tokens: Tensor,
-) -> Path:
+) -> ThresholdPath:
     """Greedy by cost saved per expected AUC lost, then pruned to what nothing cheaper and better dominates.
 
     `confidence` and the calibrated logits `scores` are (n, K) of the rows of tune, confidence out-of-fold where the
@@ -214,7 +214,7 @@ def _teacher(scores: F64, labels: F64) -> F64:
     return probabilities(scores[:, -1] + design @ weights)
 
 
-def budget_step(path: Path, drops: F64, max_auc_drop: float) -> int:
+def budget_step(path: ThresholdPath, drops: F64, max_auc_drop: float) -> int:
     """The step that a budget chooses by the AUC drops (S,) of a path, or upper bounds of them.
 
     The path is walked from full depth on, and the first step whose drop or expected drop is larger ends the walk,
@@ -229,7 +229,11 @@ def budget_step(path: Path, drops: F64, max_auc_drop: float) -> int:
 
 
 def user_influences(
-    path: Path, confidence: Tensor, scores: Tensor, labels: ArrayLike, users: ArrayLike
+    path: ThresholdPath,
+    confidence: Tensor,
+    scores: Tensor,
+    labels: ArrayLike,
+    users: ArrayLike,
 ) -> F64:
     """Every user's part in the error of the steps' AUC drops, (S, U); the parts of a step sum to 0.
 

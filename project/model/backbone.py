@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from project.data.download import quiet_loading
@@ -226,7 +224,6 @@ class Backbone(nn.Module):
         # in a list, so that it is neither trained nor saved nor moved: it has a row for
         # every token of the vocabulary
         self._lm_head: list[Tensor] = [model.lm_head.weight]
-        self.gradient_checkpointing = False
         # from_pretrained leaves its modules in eval mode, and Lightning keeps the mode it
         # finds
         self.train()
@@ -300,14 +297,10 @@ class Backbone(nn.Module):
     def run(self, state: State, start: int, stop: int) -> State:
         """Apply layers start, ..., stop - 1, counted from 0, to the state after `start` layers."""
         hidden = state.hidden
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers[start:stop]:
             # position and layout are the same for all layers
-            step = partial(
-                layer, position_embeddings=state.position_embeddings, layout=state.layout
-            )
-            hidden = (
-                checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
+            hidden = layer(
+                hidden, position_embeddings=state.position_embeddings, layout=state.layout
             )
         return replace(state, hidden=hidden)
 

@@ -101,7 +101,6 @@ class ExitRecommender(L.LightningModule):
         optim: Learning rates.
         lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         head: Class of the prediction heads, by its path: project.model.heads.ExitHead or a subclass.
         initial: Folder of a run whose weights `fit` starts from; its train rows must lie before all that are scored.
             trusted:FOLDER where you know that, and times cannot tell.
@@ -117,7 +116,6 @@ class ExitRecommender(L.LightningModule):
         optim: OptimSettings = DEFAULT_OPTIM,
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = True,
-        gradient_checkpointing: bool = False,
         head: type[ExitHead] = ExitHead,
         initial: str | None = None,
         answers: list[str] | None = None,
@@ -137,7 +135,6 @@ class ExitRecommender(L.LightningModule):
         self.optim = optim
         self.lora = lora
         self.freeze_embeddings = freeze_embeddings
-        self.gradient_checkpointing = gradient_checkpointing
         self.head = head
         self.initial = initial
         # time of the last row that these weights have seen, as far as it is known
@@ -232,7 +229,6 @@ class ExitRecommender(L.LightningModule):
         direction = backbone.answer_direction(yes, no)
         for layer in self.exit_layers:
             self.heads[str(layer)] = self.head(backbone.final_norm, direction)
-        backbone.gradient_checkpointing = self.gradient_checkpointing
         # 2. what is trained of the backbone
         if self.lora is not None:
             add_lora(backbone, self.lora)

@@ -23,7 +23,6 @@ LAYERS = (0, 2, 4, 6, 8, 10, 12)
 CRITERIA: dict[str, Callable[[], Criterion]] = {
     "ratio": Ratio,
     "consistency": Consistency,
-    "consistency_2": lambda: Consistency(2),
     "ratio_consistency": RatioConsistency,
     "learned": Learned,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from project.errors import ConfigError, DataError
 from project.exits.budget import TuneFold
 from project.exits.budget import calibrate as budget_calibrate
-from project.exits.certificate import Certificate, CertificateSettings, certify
+from project.exits.certificate import CertificateSettings, certify
 from project.exits.criteria import Consistency, Learned, Ratio, StaticExit
 from project.exits.plan import ExitPlan, ExitSettings, Plans
-from project.exits.policy import Policy
 from project.run import score_table
 
 ROWS = 900
@@ -76,13 +74,11 @@ def calibrate(
 
 
 def settings(**changes: Any) -> ExitSettings:
-    return ExitSettings(**{"compare": [Ratio(), Consistency()], "alpha": 0.5, **changes})
+    return ExitSettings(**{"alpha": 0.5, **changes})
 
 
 def budget(**changes: Any) -> ExitSettings:
-    return ExitSettings(
-        **{"compare": [Ratio(), Consistency()], "max_auc_drop": 0.004, **changes}
-    )
+    return ExitSettings(**{"max_auc_drop": 0.004, **changes})
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
@@ -130,14 +126,6 @@ def test_budget_and_priors(scores: pl.DataFrame) -> None:
     assert none.plan.layers[0] == 2
 
 
-def test_named_criterion_decides(scores: pl.DataFrame) -> None:
-    """Whatever the others reach; its class is compared once."""
-    found = calibrate(scores, FEATURES, settings(criterion=Consistency(2)), "hash").document
-    assert found["chosen"] == "consistency"
-    assert sorted(p["criterion"] for p in found["policies"]) == ["consistency", "ratio"]
-    assert found["policies"][0]["settings"]["init_args"] == {"heads": 2}
-
-
 @pytest.mark.parametrize("head", [0, 2, -1])
 def test_static_exit(valid: Any, head: int) -> None:
     """Whatever the budget says, and with however few users: everybody leaves there, with that head's logit."""
@@ -160,70 +148,11 @@ def test_not_enough_users_is_said_with_their_number(scores: pl.DataFrame) -> Non
     """30 users of about 2 ln 10 / ln(1 + .99e-4) = 46,500: nothing is tested, and the plan is the budget's."""
     found = calibrate(scores, FEATURES, settings(certificate=STRICT), "hash")
     certificate = found.document["certificate"]
-    assert (certificate["passed"], certificate["path_step"], found.certified) == (
-        None,
-        None,
-        None,
-    )
+    assert certificate["passed"] is None
     bare = calibrate(scores, FEATURES, settings(certificate=None), "hash")
     assert thresholds(found.plan) == thresholds(bare.plan)
     assert "it takes about 46," in certificate["words"]
     assert found.document["ledger"] == []  # the fold, unread, may be used again
-
-
-@pytest.mark.parametrize(
-    "promise", [replace(LOOSE, epsilon=0.15), LOOSE], ids=["to a failure", "to the end"]
-)
-def test_certified_goes_on_from_the_budget(
-    scores: pl.DataFrame, promise: CertificateSettings
-) -> None:
-    """Every step from the budget's to the certified one passes, the next fails, each tested alone."""
-    found = calibrate(
-        scores, FEATURES, settings(criterion=Ratio(), certificate=promise), "hash"
-    )
-    policy, certified = found.document["policies"][0], found.document["certified"]
-    budget = policy["chosen_step"]
-    fold = (scores["fold"] == "certify").to_numpy()
-    rows = scores.filter(fold)
-    outputs = found.plan.outputs(rows, FEATURES[fold])
-    tune = (scores["fold"] == "tune").to_numpy()
-    path = (
-        TuneFold(scores.filter(tune), FEATURES[tune], settings(criterion=Ratio()))
-        .curves[0]
-        .path
-    )
-
-    def exits_of(step: int) -> torch.Tensor:
-        return Policy(Ratio(), path[step].thresholds, found.plan.layers).exits(outputs)
-
-    def alone(step: int) -> Certificate:
-        exits = exits_of(step)
-        emitted = outputs.logits.gather(1, exits[:, None])[:, 0]
-        full = outputs.logits[:, -1]
-        return certify(
-            torch.stack([full, emitted]), full, rows["label"], rows["user"], promise
-        )
-
-    assert found.document["certificate"] == alone(budget).to_dict()
-    last = certified["path_step"]
-    assert last > budget > 0
-    assert all(alone(step).passed for step in range(budget, last + 1))
-    # behind it no layer runs
-    end = max(step for step in range(len(path)) if exits_of(step).any())
-    assert (last == end) is (promise.epsilon == 0.4)
-    assert last == end or not alone(last + 1).passed
-    assert found.certified is not None
-    assert thresholds(found.certified) == path[last].thresholds.tolist()
-
-
-def test_plans_travel_with_a_checkpoint(scores: pl.DataFrame) -> None:
-    """State and back keeps all plans."""
-    plans = calibrate(scores, FEATURES, settings(certificate=LOOSE), "hash").plans
-    again = Plans.from_state(plans.state())
-    assert again.certified is not None
-    assert plans.certified is not None
-    assert thresholds(again.certified) == thresholds(plans.certified)
-    assert again.certificate == plans.certificate
 
 
 def test_second_certificate(scores: pl.DataFrame) -> None:
@@ -233,7 +162,7 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     fold, so one may follow.
     """
     none = calibrate(scores, FEATURES, settings(certificate=None), "hash")
-    assert none.document["certificate"] is none.certified is None
+    assert none.document["certificate"] is None
     assert none.document["ledger"] == []
     found = calibrate(scores, FEATURES, settings(certificate=LOOSE), "hash", none.document)
     first = found.document
@@ -245,7 +174,7 @@ def test_second_certificate(scores: pl.DataFrame) -> None:
     for change in ({"max_auc_drop": 0.01}, {"criterion": Ratio()}, {"exit_0": False}):
         changed = settings(**{"certificate": LOOSE, **change})
         second = calibrate(rescored, FEATURES, changed, "hash", first)
-        assert second.document["certificate"] is second.certified is None
+        assert second.document["certificate"] is None
         assert f"exits.{next(iter(change))}" in second.document["certificate_words"]
         assert second.document["ledger"] == first["ledger"]
         alone = calibrate(rescored, FEATURES, changed, "another protocol")
@@ -267,7 +196,7 @@ def test_another_checkpoint_is_another_try(scores: pl.DataFrame) -> None:
     assert first["certificate"]["passed"]
     assert calibrate(*about, first, "one").document["certificate"] == first["certificate"]
     other = calibrate(*about, first, "two")
-    assert other.document["certificate"] is other.certified is None
+    assert other.document["certificate"] is None
     assert "checkpoint 'one' -> 'two'" in other.document["certificate_words"]
     assert other.document["ledger"] == first["ledger"]
     assert calibrate(*about, other.document, "one").document["certificate"]["passed"]
@@ -276,20 +205,40 @@ def test_another_checkpoint_is_another_try(scores: pl.DataFrame) -> None:
     assert [record["settings"]["checkpoint"] for record in later["ledger"]] == ["two"]
 
 
-def test_no_layer_is_no_early_exit(scores: pl.DataFrame) -> None:
-    """A plan whose every row leaves at exit 0 is neither passed nor failed, and no such step is certified."""
-    loose = {"certificate": replace(LOOSE, epsilon=0.9), "criterion": Ratio()}
-    found = calibrate(scores, FEATURES, settings(**loose, max_auc_drop=1.0), "hash")
-    assert thresholds(found.plan)[0] == -np.inf
-    assert (
-        found.document["certificate"]["passed"],
-        found.certified,
-        found.document["ledger"],
-    ) == (
-        None,
-        None,
-        [],
+def test_a_certificate_is_of_the_plan(scores: pl.DataFrame) -> None:
+    """The named criterion decides, and its policy alone is tested; it travels with the checkpoint."""
+    found = calibrate(
+        scores, FEATURES, settings(criterion=Consistency(), certificate=LOOSE), "hash"
     )
+    assert found.document["chosen"] == "consistency"
+    assert len(found.document["policies"]) == 4
+    rows = (scores["fold"] == "certify").to_numpy()
+    certify_rows = scores.filter(rows)
+    outputs = found.plan.outputs(certify_rows, FEATURES[rows])
+    logits = found.plan.emitted(outputs)[1]
+    alone = certify(
+        logits, outputs.logits[:, -1], certify_rows["label"], certify_rows["user"], LOOSE
+    )
+    assert found.document["certificate"] == alone.to_dict()
+    again = Plans.from_state(found.plans.state())
+    assert thresholds(again.plan) == thresholds(found.plan)
+    assert again.certificate == found.certificate
+
+
+@pytest.mark.parametrize(
+    ("drop", "reason"),
+    [(1.0, "leaves at exit 0, so no layer runs"), (0.0, "is full depth")],
+)
+def test_no_early_exit_takes_no_test(
+    scores: pl.DataFrame, drop: float, reason: str
+) -> None:
+    """Full depth, and a plan whose every row leaves at exit 0, are neither passed nor failed."""
+    loose = {"certificate": LOOSE, "criterion": Ratio(), "alpha": 0.1 if drop == 0 else 0.5}
+    found = calibrate(scores, FEATURES, settings(**loose, max_auc_drop=drop), "hash")
+    certificate = found.document["certificate"]
+    assert certificate["passed"] is None
+    assert reason in certificate["words"]
+    assert found.document["ledger"] == []
 
 
 UNUSABLE: dict[str, tuple[dict[str, pl.Expr], str]] = {

@@ -1,4 +1,4 @@
-"""Certificates: losses by hand arithmetic, bets, the walk along the path, promises kept at the border, the ledger."""
+"""Certificates: losses by hand arithmetic, bets, promises kept at the border, the ledger."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ from project.exits.certificate import (
     upper_bound,
     user_means,
 )
-from project.exits.criteria import Consistency, Ratio
+from project.exits.criteria import Ratio, StaticExit
 from project.exits.plan import ExitSettings, admit, certified_settings
 from project.metrics import auc
 
@@ -136,47 +136,33 @@ class TestBets:
         assert 10 < passed < 50
 
 
-class TestWalk:
-    def test_returns_the_last_that_passed(self):
-        """Losses 0, .01, .02, .3, .01 of 500 users at epsilon .05: step 2, not the first that failed nor any behind."""
-        losses = np.repeat([[0.0], [0.01], [0.02], [0.3], [0.01]], 500, axis=1)
-        found = certify_losses(losses, LISTS)
-        assert (found.path_step, found.passed, found.n) == (2, True, 500)
-        assert found.estimate == pytest.approx(0.02)
-        assert 0.02 < found.bound <= 0.05
-        assert found.users_needed is None
-
+class TestAnswers:
     def test_sorted_users_do_not_fool_the_bets(self):
         """800 losses of 0 before 200 of 1, mean .2: read in this order capital would grow first; shuffled it fails."""
-        losses = np.zeros((2, 1000))
-        losses[1, 800:] = 1
+        losses = np.zeros(1000)
+        losses[800:] = 1
         assert certify_losses(losses, LISTS).passed is False
 
     def test_not_enough_users(self):
         """Capital grows by 1 + .99 * .05 / (1 - .05) at most: ln 10 / ln 1.0521 = 45.3, so of 45 nothing is tested.
 
         With 46 losses of 0 it passes; losses whose mean is not below epsilon do not pass with any number. One user,
-        whose scores the plan does not change, has no spread; a path of step 0 alone is full depth and takes no test.
+        whose scores the plan does not change, has no spread.
         """
-        few = certify_losses(np.zeros((2, 45)), LISTS)
-        assert (few.passed, few.path_step, few.bound, few.users_needed) == (
-            None,
-            None,
-            None,
-            46,
-        )
+        few = certify_losses(np.zeros(45), LISTS)
+        assert (few.passed, few.bound, few.users_needed) == (None, None, 46)
         assert "it takes about 46 users, not 45, to" in few.in_words()
-        assert certify_losses(np.zeros((2, 46)), LISTS).passed is True
-        hopeless = certify_losses(np.repeat([[0.0], [0.06]], 100, axis=1), LISTS)
+        enough = certify_losses(np.full(500, 0.02), LISTS)
+        assert (enough.passed, enough.n, enough.users_needed) == (True, 500, None)
+        assert enough.estimate == pytest.approx(0.02)
+        assert 0.02 < enough.bound <= 0.05
+        assert certify_losses(np.zeros(46), LISTS).passed is True
+        hopeless = certify_losses(np.full(100, 0.06), LISTS)
         assert (hopeless.passed, hopeless.users_needed) == (False, None)
         json.dumps([few.to_dict(), hopeless.to_dict()], allow_nan=False)
         full, labels = np.arange(40.0), np.tile([0, 1], 20)
-        one = certify(
-            np.stack([full, full]), full, labels, np.zeros(40), CertificateSettings()
-        )
+        one = certify(full, full, labels, np.zeros(40), CertificateSettings())
         assert (one.n, one.passed, one.users_needed) == (1, None, 232)
-        alone = certify_losses(np.zeros((1, 300)), LISTS)
-        assert (alone.passed, alone.path_step) == (None, None)
 
     @pytest.mark.parametrize(("epsilon", "needed"), [(0.02, 232), (0.05, 92)])
     def test_users_of_an_auc_gap(self, epsilon, needed):
@@ -191,25 +177,13 @@ class TestWalk:
     def test_as_many_as_said(self):
         """Of plans that fail for want of users about half pass with as many users as the certificate names."""
         rng, passed = np.random.default_rng(0), []
-        losses = heavy(rng, (2, 100), 0.03) * [[0], [0.99]]
-        needed = certify_losses(losses, LISTS).users_needed
+        needed = certify_losses(heavy(rng, 100, 0.03) * 0.99, LISTS).users_needed
         assert needed > 100
         sample = LISTS.users_needed(heavy(rng, 100_000, 0.03) * 0.99)
         for _ in range(60):
-            passed.append(
-                certify_losses(heavy(rng, (2, sample), 0.03) * [[0], [0.99]], LISTS).passed
-            )
+            losses = heavy(rng, sample, 0.03) * 0.99
+            passed.append(certify_losses(losses, LISTS).passed)
         assert 0.25 < np.mean(passed) < 0.85
-
-    def test_a_path_of_noise(self):
-        """400 users of 10 rows, noise from 0 to more than the scores: a step between first and last passes."""
-        rng = np.random.default_rng(0)
-        users, labels = np.repeat(np.arange(400), 10), rng.integers(0, 2, 4000)
-        full = labels + rng.normal(size=4000)
-        path = full + np.arange(12)[:, None] / 6 * rng.normal(size=4000)
-        found = certify(path, full, labels, users, CertificateSettings(epsilon=0.05))
-        assert 0 < found.path_step < 11
-        assert found.estimate < found.bound <= 0.05
 
 
 class TestBadInput:
@@ -228,20 +202,17 @@ class TestBadInput:
             CertificateSettings(**values)
 
     @pytest.mark.parametrize(
-        ("path", "labels", "users", "message"),
-        [
-            ([[0.0] * 4, [0, np.nan, 0, 0]], [1] * 4, 4, "NaN"),
-            ([[1.0] * 4], [1] * 4, 4, "not full depth"),
-            ([[0.0] * 300], [1] * 300, 300, "both classes"),
-        ],
+        ("emitted", "message"),
+        [([0, np.nan, 0, 0], "NaN"), ([0.0] * 300, "both classes")],
     )
-    def test_paths(self, path, labels, users, message):
+    def test_rows(self, emitted, message):
+        n = len(emitted)
         with pytest.raises(DataError, match=message):
-            certify(path, np.zeros(users), labels, np.arange(users), CertificateSettings())
+            certify(emitted, np.zeros(n), [1] * n, np.arange(n), CertificateSettings())
 
     def test_losses(self):
         with pytest.raises(DataError, match="1 losses outside"):
-            certify_losses([[0, 0], [0.1, 1.2]], LISTS)
+            certify_losses([0.1, 1.2], LISTS)
 
 
 class TestValidity:
@@ -302,8 +273,7 @@ class TestLedger:
         ("key", "change"),
         [
             ("criterion", {"criterion": Ratio()}),
-            ("criterion", {"compare": [Ratio()]}),
-            ("criterion", {"compare": [Ratio(), Consistency(2)]}),
+            ("criterion", {"criterion": StaticExit(2)}),
             ("exit_0", {"exit_0": False}),
             ("max_auc_drop", {"max_auc_drop": 0.01}),
             ("prefix_cached", {"prefix_cached": True}),
@@ -314,10 +284,3 @@ class TestLedger:
     def test_whatever_chooses_the_tested_policy_or_the_promise_counts(self, key, change):
         with pytest.raises(ConfigError, match=rf"exits\.{key} .*voids delta"):
             admit(self.ledger(), certified_settings(ExitSettings(**change)), "p1")
-
-    def test_what_has_no_part_does_not_count(self):
-        """Criteria that are drawn beside the one that decides."""
-        same = ExitSettings(criterion=Ratio(), compare=[Consistency()])
-        assert certified_settings(ExitSettings(criterion=Ratio())) == certified_settings(
-            same
-        )

@@ -86,14 +86,10 @@ class TestEveryCriterion:
 
 class TestSimple:
     def test_golden(self):
-        """Probabilities .5, .6, .9: last change .3, largest of the last two .3; then .6, .9, .8: .1 and .3."""
+        """Probabilities .5, .6, .9: last change .3; then .6, .9, .8: .1."""
         heads = HeadOutputs.of((2, 4, 6), logit([[0.5, 0.6, 0.9], [0.6, 0.9, 0.8]]))
         torch.testing.assert_close(
             Consistency().confidence(heads), torch.tensor([-0.3, -0.1], dtype=torch.float64)
-        )
-        torch.testing.assert_close(
-            Consistency(2).confidence(heads),
-            torch.tensor([-0.3, -0.3], dtype=torch.float64),
         )
         torch.testing.assert_close(Ratio().confidence(heads), logit([0.9, 0.8]))
 
@@ -159,10 +155,6 @@ class TestLearning:
 
 
 class TestBadInput:
-    def test_arguments(self):
-        with pytest.raises(ConfigError, match="heads is 0"):
-            Consistency(0)
-
     def test_too_little_to_learn_from(self, outputs):
         with pytest.raises(DataError, match="tune"):
             Learned().fit(outputs.rows(torch.arange(0)))
@@ -211,8 +203,6 @@ def test_a_wrong_confidence_names_class_and_shape(
         confidence_table(Mine(made), outputs)
     with pytest.raises(ConfigError, match=expected):
         ExitSettings(criterion=Mine(made))
-    with pytest.raises(ConfigError, match=expected):
-        ExitSettings(compare=[Learned(), Mine(made)])
 
 
 def test_trying_out_leaves_no_trace() -> None:

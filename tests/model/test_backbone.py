@@ -178,29 +178,6 @@ def test_packed_equals_stand_alone(
     assert checked > 20
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_changes_nothing(
-    tiny_config: Make, random_layout: Make, frozen: bool
-) -> None:
-    backbone = Backbone.from_config(tiny_config())
-    if frozen:
-        backbone.requires_grad_(False).layers[2].requires_grad_(True)
-    results = []
-    for backbone.gradient_checkpointing in (False, True):
-        backbone.zero_grad()
-        hidden = hidden_of(backbone, random_layout(0))
-        hidden.square().sum().backward()
-        results.append(
-            [
-                hidden.detach(),
-                *(p.grad for p in backbone.parameters() if p.grad is not None),
-            ]
-        )
-    assert len(results[0]) == 1 + sum(p.requires_grad for p in backbone.parameters())
-    for plain, recomputed in zip(*results, strict=True):
-        torch.testing.assert_close(plain, recomputed)
-
-
 def test_autocast_to_bfloat16(tiny_config: Make, random_layout: Make) -> None:
     torch.manual_seed(0)
     backbone = Backbone.from_config(tiny_config(initializer_range=0.05)).eval()
