@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project import retrieval
-from project.data import logs, readers
+from project.data import logs
 from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
 from project.errors import ConfigError, ProjectError
@@ -148,8 +148,7 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
             found[2], [kind for kind in kinds if not kind.startswith("_")]
         )
     if found := NO_PATH.search(reason):
-        homes = (retrieval, logs, readers)
-        reason += did_you_mean(found[1], [name for home in homes for name in vars(home)])
+        reason += did_you_mean(found[1], [*vars(retrieval), *vars(logs)])
     if reason.endswith("Got value: None") or "arguments are required" in reason:
         reason += ". Is --config FILE missing, such as exitrec:quickstart?"
     return ConfigError(f"{key}: {reason}" if key else reason)

@@ -186,7 +186,7 @@ class InteractionData(L.LightningDataModule):
             if self.bundle is not None:
                 log = replace(log, rule=label_rule(Path(self.bundle).parent))
             split = apply_protocol(log, self.protocol)
-            for line in (*raw.left_out, *split.warnings):
+            for line in split.warnings:
                 rank_zero_info(line)
             return split
 

@@ -84,7 +84,7 @@ def settings() -> set[str]:
     A key that only holds others (`data.protocol`) is none.
     """
     from project import callbacks, retrieval
-    from project.data import logs, negatives, prompt, protocol, readers
+    from project.data import logs, negatives, prompt, protocol
     from project.datamodule import InteractionData
     from project.exits import certificate, plan
     from project.model import module, optim
@@ -123,7 +123,7 @@ def settings() -> set[str]:
             logs.TableLogs,
             logs.RecBoleLogs,
         ),
-        *(readers.BookCrossing, readers.AmazonReviews, negatives.Negatives),
+        negatives.Negatives,
         *(
             retrieval.VectorRetriever,
             retrieval.LightGCN,

@@ -58,8 +58,6 @@ class RawLogs:
     items: pl.DataFrame
     files: dict[str, str]
     columns: tuple[str, ...] = ()  # of the interactions' file, for messages
-    # lines about rows that the reader left out: file, how many, why
-    left_out: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()  # columns of interactions that nothing reads
     # further columns of interactions, known before the answer
     context: tuple[str, ...] = ()

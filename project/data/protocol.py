@@ -241,7 +241,6 @@ class Interactions:
     dropped: int = 0  # rows removed by the protocol's drop_ratings
     # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
     hidden_rows: int = 0
-    left_out: tuple[str, ...] = ()  # lines about rows that the reader left out
     not_read: tuple[str, ...] = ()  # columns that nothing reads
     items_without_title: int = 0  # these have their id as title
     # number or category, by `context.NAME` of rows and `user.NAME` of users
@@ -364,7 +363,6 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         duplicates=labelled.height - distinct.height,
         dropped=log.height - rated.height,
         items_without_title=int(untitled.sum()),
-        left_out=raw.left_out,
         not_read=raw.not_read,
         columns=columns_of,
         texts=texts,
@@ -780,8 +778,8 @@ def _manifest(
     rows; `cold_user_share` and `cold_item_share` are shares of targets whose user or item has no train target of the
     log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
     is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
-    their train rows, which are removed; `left_out` has lines about rows that the reader left out, `not_read`
-    the columns of interactions that nothing reads, `columns` what `describe` says of context and users' attributes.
+    their train rows, which are removed; `not_read` are the columns of interactions that nothing reads, `columns` what
+    `describe` says of context and users' attributes.
     """
     log = rows.filter(answered(rows))
     targets = rows.filter(pl.col("role") == "target")
@@ -827,7 +825,6 @@ def _manifest(
         "dropped": interactions.dropped,
         "hidden_rows": interactions.hidden_rows,
         "items_without_title": interactions.items_without_title,
-        "left_out": list(interactions.left_out),
         "not_read": list(interactions.not_read),
     } | (
         {"columns": describe(targets, interactions.users, interactions.columns)}

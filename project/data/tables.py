@@ -18,19 +18,14 @@ ATOMIC = (".inter", ".item", ".user")  # RecBole's files
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
 
-def note_file(path: Path, sums: dict[str, str]) -> None:
-    """Make sure that a file is there, and add its SHA-256 to `sums` under its name."""
+def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
+    """A .csv, .tsv, .parquet or RecBole (.inter, .item, .user) file; adds its SHA-256 to `sums` under its name."""
     if not path.is_file():
         raise DataError(f"File {path} does not exist (looked for it from {Path.cwd()}).")
     with path.open("rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     sums[path.name if path.name not in sums else str(path)] = checksum
-
-
-def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
-    """A .csv, .tsv, .parquet or RecBole (.inter, .item, .user) file; adds its SHA-256 to `sums` under its name."""
     kind = path.suffix.lower()
-    note_file(path, sums)
     if kind not in (".csv", ".tsv", ".parquet", *ATOMIC):
         raise DataError(
             f"File {path} has the suffix {kind!r}; expected .csv, .tsv or .parquet."
