@@ -54,7 +54,6 @@ from project.data.protocol import (
 from project.data.requests import (
     Requests,
     check_items,
-    check_streams,
     read_requests,
     request_streams,
     some_usable,
@@ -101,7 +100,6 @@ class InteractionData(L.LightningDataModule):
             before it.
         mf: Matrix factorisation behind the retrieved features `mf`, the chance of a like by the user's own earlier
             answers, for prompts, exit 0 and baselines; null leaves it out.
-        num_workers: Processes that prepare batches; 0 prepares them in the training process.
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
             "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log, {"request_id": "r2",
             "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
@@ -123,7 +121,6 @@ class InteractionData(L.LightningDataModule):
         batch_tokens: int = 4096,
         refits: int = 10,
         mf: MatrixFactorisation | None = DEFAULT_MF,
-        num_workers: int = 0,
         requests: str | None = None,
         bundle: str | None = None,
         seed: int = 0,
@@ -155,7 +152,6 @@ class InteractionData(L.LightningDataModule):
         self.refits = refits
         self.serving_values = serving_values
         self.candidates = candidates
-        self.num_workers = num_workers
         self.requests_file = requests
         self.seed = seed
         self.cache_dir = default_cache()
@@ -353,7 +349,6 @@ class InteractionData(L.LightningDataModule):
             encoder = self.encoder
             with self.clock.stage("tokenise"):
                 streams = build_streams(self.split.rows, retrieved, split, encoder)
-            check_streams(streams, self.split, self.context_tokens)
             self._streams[split] = streams
         return self._streams[split]
 
@@ -453,14 +448,14 @@ class InteractionData(L.LightningDataModule):
 
     def train_dataloader(self) -> PackedLoader:
         """Packed windows of all users, cut and shuffled anew each epoch."""
-        return PackedLoader(self.streams("train"), self._training(), self.num_workers)
+        return PackedLoader(self.streams("train"), self._training())
 
     def _evaluation(self, split: str) -> PackedLoader:
         streams = self.streams(split)
         sampler = EvaluationSampler(
             streams, self.context_tokens, self.batch_tokens, *self._ranks()
         )
-        return PackedLoader(streams, sampler, self.num_workers)
+        return PackedLoader(streams, sampler)
 
     def val_dataloader(self) -> PackedLoader:
         """Every validation target once."""

@@ -36,15 +36,7 @@ text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 TEXT_FEATURES = FEATURES[-2:]
 # of a retrieved features table, those that are numbers and read here or by prompts
 COLUMNS = (
-    *(
-        "item_rate",
-        "item_count",
-        "user_rate",
-        "user_count",
-        "vote",
-        "neighbour_count",
-        "likes",
-    ),
+    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
     *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
 )
 # prefixes of columns that a table of a log with context or users' attributes has beside

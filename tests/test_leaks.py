@@ -40,8 +40,8 @@ from research.packing import prompts_of
 
 KINDS = ("global_time", "user_time", "random", "leave_last", "given")
 SEGMENT = (
-    "{title} all {item_percent} {item_count} user {user_percent} {user_count} near {likes}/{neighbours} "
-    "{vote_percent}:"
+    "{title} all {item_percent} {item_count_number+item_number+vote_number} user {user_percent} {user_number} "
+    "near {vote_percent}:"
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from project.data.logs import TableLogs
-from project.data.prompt import LOWEST_ID, Prompt, PromptEncoder
+from project.data.prompt import Prompt, PromptEncoder
 from project.data.protocol import (
     Protocol,
     SplitInteractions,
@@ -75,9 +75,9 @@ def whole_prompts(streams: Streams) -> dict[int, str]:
     for s, w in streams.evaluation(400):
         rows = streams.offsets[s] + np.arange(w.first, w.last)
         ids = streams.row_id[rows[streams.target[rows]]].tolist()
-        # a rating is a letter behind those of texts
+        # a number or a rating is its id
         texts = [
-            "".join(chr(c if c >= 0 else 0x10000 + LOWEST_ID - c) for c in prompt)
+            "".join(chr(c) if c >= 0 else f"<{c}>" for c in prompt.tolist())
             for prompt in prompts_of(streams, s, w)
         ]
         found |= dict(zip(ids, texts, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from project.arrays import I64
 from project.data.ragged import offsets_of, within
@@ -222,43 +222,25 @@ class EvaluationSampler(Sampler[Windows]):
         return iter(self._batches)
 
 
-class _Packed(Dataset[Batch]):
-    """Packs the windows that a sampler names."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-
-    def __getitem__(self, windows: Sequence[tuple[int, Window]]) -> Batch:
-        return pack(self._streams, windows)
-
-
 class PackedLoader:
-    """Packed batches, made by torch's DataLoader; the position inside an epoch is part of the checkpoint.
+    """Packed batches of a sampler's windows; the position inside an epoch is part of the checkpoint.
 
-    Not a DataLoader itself: Lightning would rebuild one to put its own samplers in. Batches are counted where they are
-    handed out, so what `num_workers` processes have prefetched does not count.
+    No DataLoader of torch: Lightning would rebuild one to put its own samplers in.
     """
 
-    def __init__(
-        self,
-        streams: Streams,
-        sampler: TrainSampler | EvaluationSampler,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, streams: Streams, sampler: TrainSampler | EvaluationSampler) -> None:
         self.batch_sampler = sampler  # Lightning looks here to set its epoch
-        self._loader = DataLoader(
-            _Packed(streams), batch_size=None, sampler=sampler, num_workers=num_workers
-        )
-        self._done = 0
+        self._streams = streams
+        self._done = 0  # batches of the epoch that were handed out
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         self._done = getattr(self.batch_sampler, "start", 0)
-        for batch in self._loader:
+        for windows in self.batch_sampler:
             self._done += 1
-            yield batch
+            yield pack(self._streams, windows)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, and how many of its batches have been handed out on this rank (the same on all)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -37,16 +37,14 @@ class Prompt:
             of data.retriever), the same as learned tokens instead of text, one token each, in log-odds, shrunk where
             rows are few, as item_number, user_number, vote_number (weighted by similarity), mf_number,
             item_similarity_number, text_number (own answers on items of similar text), and the logarithm of a count as
-            item_count_number; several of these in one token as {item_number+mf_number}; likes, neighbours (of the
-            similar users), item_count, user_count (rounded down to 1, 2, 5, 10, 20, 50, ...). {title:.40} is at most
-            40 characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
+            item_count_number; several of these in one token as {item_number+mf_number}. {title:.40} is at most 40
+            characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
             projection of a frozen embedding of the text, by the backbone's first layers. {context} is one learned token
             of the row's context. Null shows {context}, and {user} after the instruction, of a log that has them.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
             With a leading space heads start from all spellings that are one, without it from this token alone.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
-            prompts have none. How often there is one, and how long, is set by data.retriever.init_args: similar_every,
-            similar_users, similar_items.
+            prompts have none. How often there is one is set by data.retriever.init_args.similar_every.
     """
 
     instruction: str = (
@@ -153,28 +151,14 @@ def _percent(values: F64) -> list[str]:
     ]
 
 
-def _round_down(values: F64) -> list[str]:
-    """0, 1, 2, 5, 10, 20, 50, ...: counts as few distinct texts."""
-    steps = np.array([0, *(m * 10**e for e in range(8) for m in (1, 2, 5))])
-    return [str(steps[i]) for i in np.searchsorted(steps, values, side="right") - 1]
-
-
-def _plain(values: F64) -> list[str]:
-    return [str(int(value)) for value in values.tolist()]
-
-
-RETRIEVED_FIELDS: dict[str, tuple[str, Callable[[F64], list[str]]]] = {
-    "item_percent": ("item_rate", _percent),
-    "user_percent": ("user_rate", _percent),
-    "vote_percent": ("vote", _percent),
-    "mf_percent": ("mf", _percent),
-    "item_similarity_percent": ("item_similarity", _percent),
-    "item_count": ("item_count", _round_down),
-    "user_count": ("user_count", _round_down),
-    "neighbours": ("neighbour_count", _plain),
-    "likes": ("likes", _plain),
+RETRIEVED_FIELDS = {
+    "item_percent": "item_rate",
+    "user_percent": "user_rate",
+    "vote_percent": "vote",
+    "mf_percent": "mf",
+    "item_similarity_percent": "item_similarity",
 }
-"""Prompt field -> column of the retrieved features, and how its values become text."""
+"""Prompt field -> column of the retrieved features that it shows in percent."""
 
 
 # Templates
@@ -203,9 +187,8 @@ def shows_items(segment: str | None) -> bool:
 
 def field_showing(prompt: Prompt, column: str) -> str | None:
     """A field of the segment, in braces, that shows this column of the retrieved features; None where none does."""
-    fields = {name for name, (shown, _) in RETRIEVED_FIELDS.items() if shown == column} | {
-        f"{column}_number"
-    }
+    fields = {name for name, shown in RETRIEVED_FIELDS.items() if shown == column}
+    fields.add(f"{column}_number")
     named = field_names(prompt.segment or "")
     return next(("{" + name + "}" for name in named if fields & set(name.split("+"))), None)
 
@@ -463,7 +446,7 @@ class PromptEncoder:
         An answer with a rating, which is no NaN, is shown as that number.
         """
         found = Retrieved.of(retrieved)
-        columns = {"likes": found.sums(found.answer)} | found.columns
+        columns = found.columns
         features = (
             feature_matrix(found, 0.5)
             if any(kind == "number" for kind, _ in self._parts)
@@ -484,11 +467,9 @@ class PromptEncoder:
             else:
                 # a column may be absent: item_similarity is there with retrievers that
                 # compare items
-                column, render = RETRIEVED_FIELDS[name]
-                texts = (
-                    render(columns[column]) if column in columns else [UNKNOWN] * len(item)
-                )
-                parts.append(self._encode_values(texts))
+                missing = np.full(len(item), np.nan)
+                shares = columns.get(RETRIEVED_FIELDS[name], missing)
+                parts.append(self._encode_values(_percent(shares)))
         answer = np.where(label < 0, 2, label).astype(np.int64)
         answers = self._answers
         if self._scale is not None and rating is not None:

@@ -384,27 +384,6 @@ def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int
         )
 
 
-def check_streams(streams: Streams, split: SplitInteractions, context_tokens: int) -> None:
-    """Raise `ConfigError` if a row's segment, or a list of what similar users liked, has no room in a window."""
-    segments = len(streams.row_id)
-    instructions = streams.tokens.lengths[segments:]
-    lengths = streams.tokens.lengths[:segments]
-    lengths += np.repeat(instructions, np.diff(streams.offsets))
-    longest = int(lengths.argmax())
-    row_id = int(streams.row_id[longest])
-    tokens = int(lengths[longest])
-    if tokens <= context_tokens:
-        return
-    if row_id < 0:
-        raise ConfigError(
-            f"A list of what similar users liked (data.prompt.similar) has {tokens:,} tokens, the instruction "
-            f"included, but data.context_tokens is {context_tokens:,}. Lower data.retriever.init_args.similar_items, "
-            "or raise data.context_tokens (and data.batch_tokens)."
-        )
-    item_id = split.interactions.items["item_id"][split.rows["item"][row_id]]
-    raise ConfigError(f"{_too_long(item_id, tokens, context_tokens)}. {_SHORTEN}")
-
-
 def without_long(
     requests: Requests, encoder: PromptEncoder, context_tokens: int
 ) -> Requests:

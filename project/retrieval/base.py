@@ -75,7 +75,6 @@ class Retriever(ABC):
     Attributes:
         similar_every: A user's history gets a list of what similar users liked after every so many of the user's
             rows; 0 is never. Only retrievers that compare users take it as an argument.
-        similar_items: Most items on such a list.
         item_neighbours: A candidate is also compared with so many items of the user's own past; 0 is with none. Only
             retrievers that compare items take it as an argument.
 
@@ -85,7 +84,6 @@ class Retriever(ABC):
     """
 
     similar_every: int = 0
-    similar_items: int = 0
     item_neighbours: int = 0
 
     def __init__(self, neighbours: int = 30, max_raters: int = 2000) -> None:
@@ -174,11 +172,10 @@ class Retriever(ABC):
         Arguments about lists and own items are left out where they change nothing.
         """
         kind = type(self)
-        names = argument_names(kind)
-        if not self.similar_every:
-            names = [name for name in names if not name.startswith("similar_")]
-        if not self.item_neighbours:
-            names = [name for name in names if name != "item_neighbours"]
+        unread = {
+            name for name in ("similar_every", "item_neighbours") if not getattr(self, name)
+        }
+        names = [name for name in argument_names(kind) if name not in unread]
         return {
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},

@@ -34,11 +34,9 @@ with warnings.catch_warnings():
 
 
 NOTHING: I64 = np.empty(0, np.int64)
-DISLIKE_WEIGHT = (
-    -0.5
-    # a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it,
-    # too
-)
+SIMILAR_USERS = 10  # that a list of what similar users liked is made from
+# a like's is 1. A dislike counts half, since a user who dislikes an item had chosen it, too
+DISLIKE_WEIGHT = -0.5
 
 
 class VectorRetriever(Retriever):
@@ -52,8 +50,6 @@ class VectorRetriever(Retriever):
     Args:
         similar_every: List what similar users liked after every so many rows of a user; 0 is never. The list
             reaches prompts through data.prompt.similar.
-        similar_users: How many similar users such a list is made from, of the latest max_raters users.
-        similar_items: Most items on such a list.
         item_neighbours: Retrieved features also hold the user's own answers on so many earlier items, those whose
             vectors are most similar to the candidate's (`item_similarity`); 0 leaves them out.
         **kwargs: Arguments of Retriever.
@@ -63,18 +59,13 @@ class VectorRetriever(Retriever):
         self,
         *,
         similar_every: int = 0,
-        similar_users: int = 10,
-        similar_items: int = 5,
         item_neighbours: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.similar_every = similar_every
-        self.similar_users = similar_users
-        self.similar_items = similar_items
         self.item_neighbours = item_neighbours
         self._require(0, "similar_every", "item_neighbours")
-        self._require(1, "similar_users", "similar_items")
 
     @abstractmethod
     def item_table(self, edges: Edges, block: int) -> F32:
@@ -85,10 +76,8 @@ class VectorRetriever(Retriever):
         self._num_users = num_users
         self._items = items
         self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
-        self._weighted: F32 | None = (
-            # (items + 1, d) see `fit`; the last row is any other item; None in block 0
-            None
-        )
+        # (items + 1, d) see `fit`; the last row is any other item; None in block 0
+        self._weighted: F32 | None = None
 
     def fit(self, edges: Edges, block: int) -> Snapshot:
         """Fit this block's item table; stored as `weighted`, e_j / sqrt(degree_j), shape (items, d)."""
@@ -163,7 +152,7 @@ class VectorRetriever(Retriever):
             (self._vectors.take(others, axis=0) * self._vectors[user]).sum(-1)
         )
         cosine = products * (self._inverse[others] * self._inverse[user])
-        nearest = top(cosine, self.similar_users)
+        nearest = top(cosine, SIMILAR_USERS)
         nearest = nearest[cosine[nearest] > 0]
         return SimilarUsers(others[nearest], cosine[nearest])
 

@@ -22,6 +22,7 @@ from project.retrieval.compiled import put_last
 # rows from which on a progress bar is shown: making one takes as long as answering a
 # request
 LONG = 2**16
+SIMILAR_ITEMS = 5  # of a list of what similar users liked, at most
 NO_ROOM = np.empty((2, 0), np.int64)
 NO_RATERS = Raters(*NO_ROOM)
 
@@ -242,6 +243,6 @@ class SimilarLikes:
         # what the user has rated is no news
         score[np.isin(items, self._rated[user])] = 0
         # stable: of equal sums the lower item code comes first
-        best = np.argsort(-score, kind="stable")[: self._retriever.similar_items]
+        best = np.argsort(-score, kind="stable")[:SIMILAR_ITEMS]
         found: list[int] = items[best[score[best] > 0]].tolist()
         return found

@@ -31,7 +31,7 @@ from project.retrieval import LightGCN, MatrixFactorisation, RetrievedFeatures
 
 ROWS, USERS, ITEMS = 240, 8, 40
 SPLITS = ("train", "valid", "test")
-SEGMENT = "{title} all {item_percent} {item_count} near {likes}/{neighbours}:"
+SEGMENT = "{title} all {item_percent} user {user_percent} near {vote_percent}:"
 
 
 def clicks(seed: int = 0, **changes: Any) -> SplitInteractions:

@@ -5,7 +5,6 @@ Numbers are ids below zero that say what counting counted, to a step.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from transformers import AutoTokenizer
-from world import Letters, read_split, streams_without_retrieved, text_of
+from world import Letters, read_split, text_of
 
 from project.data.logs import TableLogs
 from project.data.prompt import (
@@ -35,7 +34,7 @@ from project.data.prompt import (
     with_segment,
 )
 from project.data.protocol import Protocol, SplitInteractions
-from project.data.requests import check_items, check_streams
+from project.data.requests import check_items
 from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.features import FEATURES, feature_matrix
@@ -68,19 +67,22 @@ RETRIEVED = pl.DataFrame(
     [
         ("{title} ({year}):", [("static", "{title} ({year}):")]),
         (
-            "{title} all{item_percent}/10 near{likes}",
+            "{title} all{item_percent}/10 near{vote_percent}",
             [
                 ("static", "{title} all"),
                 ("retrieved", "item_percent"),
                 ("static", "/10 near"),
-                ("retrieved", "likes"),
+                ("retrieved", "vote_percent"),
             ],
         ),
         (
             "{item_number+vote_number}{{{title}}}",
             [("number", "item_number+vote_number"), ("static", "{{{title}}}")],
         ),
-        ("{title:.40} {likes}", [("static", "{title:.40} "), ("retrieved", "likes")]),
+        (
+            "{title:.40} {mf_percent}",
+            [("static", "{title:.40} "), ("retrieved", "mf_percent")],
+        ),
     ],
 )
 def test_pieces(template: str, pieces: list[tuple[str, str]]) -> None:
@@ -92,7 +94,7 @@ def test_fields() -> None:
     """In order, as often as they stand there; a column may have the name of retrieved features that is not told."""
     assert field_names("{title:.40} {vote!r}{title}") == ["title", "vote", "title"]
     assert field_names("{title") == []
-    assert split_template("{title}", ["title", "likes"]) == [("static", "{title}")]
+    assert split_template("{title}", ["title", "mf_percent"]) == [("static", "{title}")]
     assert shows_numbers("{title}{vote_number+item_number}:")
     assert shows_numbers("{title}{vote_number}:")
     assert not shows_numbers("{title} all{item_percent}:")
@@ -106,20 +108,23 @@ def test_fields() -> None:
             (f"{{title:{spec}}}", r"{title:\.40}")
             for spec in (".0", ">9", "9", "9.9", ".3s", "." + 20 * "9")
         ),
-        ("{neighbours:.1}", "{neighbours} alone"),
+        ("{vote_percent:.1}", "{vote_percent} alone"),
         ("{item_number:.1}", "{item_number} alone"),
         *((name, "which is unknown") for name in ("{a.b}", "{x[1]}", "{7}", "{director}")),
         *(
             (f"{{item_number+{name}}}", "which is unknown.*each once")
             for name in ("year", "item_number", "")
         ),
-        ("{likes}", "a retrieved feature and also a column.*my_likes: likes"),
+        (
+            "{mf_percent}",
+            "a retrieved feature and also a column.*my_mf_percent: mf_percent",
+        ),
         ("{vote_number}", "a retrieved feature and also a column"),
         ("{item_text}", "also a column"),
     ],
 )
 def test_fields_that_cannot_be_filled(template: str, words: str) -> None:
-    fields = ["title", "year", "likes", "vote_number", "item_text", "a.b", "x[1]", "7"]
+    fields = ["title", "year", "mf_percent", "vote_number", "item_text", "a.b", "x[1]", "7"]
     with pytest.raises(ConfigError, match=words):
         split_template(template, fields)
 
@@ -171,12 +176,11 @@ def texts(
                 ("Brazil {1} () all ? near ?: no", "Brazil {1} () all ? near ?:"),
             ],
         ),
-        # 37 rounds down to 20; likes and neighbours are plain counts; without an answer the
-        # slot is the end
+        # without an answer the slot is the end
         (
-            "{likes}/{neighbours} {item_count} {user_count} {user_percent} {title}?",
+            "{user_percent} {title}?",
             [-1, -1],
-            [("1/4 20 2 50 Alien?",) * 2, ("0/0 0 0 ? Brazil {1}?",) * 2],
+            [("50 Alien?",) * 2, ("? Brazil {1}?",) * 2],
         ),
         # a length cuts titles and attributes; what is shorter stays
         ("{title:.6} {year:.2}:", [-1, -1], [("Alien 19:",) * 2, ("Brazil :",) * 2]),
@@ -222,7 +226,7 @@ def test_the_default_segment_shows_short_columns_and_numbers() -> None:
     columns = {
         "plot": ["x" * 13, ""],
         "year": ["1" * 12, "2" * 12],
-        "likes": ["1", "2"],
+        "mf_percent": ["1", "2"],
         "a.b": ["1", "2"],
     }
     items = pl.DataFrame(
@@ -233,7 +237,7 @@ def test_the_default_segment_shows_short_columns_and_numbers() -> None:
         found.segment
         == "{title}, {year}{item_number+user_number+vote_number+text_number+mf_number}"
     )
-    assert item_columns(found, items) == (["title", "year"], ["plot", "likes", "a.b"])
+    assert item_columns(found, items) == (["title", "year"], ["plot", "mf_percent", "a.b"])
     assert with_segment(found, Letters(), items) is found
     assert shows_numbers(None)
     assert shows_numbers(found.segment)
@@ -248,7 +252,6 @@ def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     """Just enough room is enough; a token less names the item, its tokens, the key and what helps.
 
     A retrieved feature has one token at least.
-    The same of tokenised rows, retrieved features included; a list of what similar users liked has a fix of its own.
     """
     items = split.interactions.items
     item_id, title = max(
@@ -261,16 +264,6 @@ def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
     with pytest.raises(ConfigError, match=words):
         check_items(encoder, items, tokens - 1)
-    streams = streams_without_retrieved(
-        split, "test", "{title} {vote_percent}{vote_percent}:"
-    )
-    tokens = int(streams.tokens.lengths[: len(streams.row_id)].max()) + len("I\n")
-    check_streams(streams, split, tokens)
-    with pytest.raises(ConfigError, match=rf"item '{item_id}' alone has {tokens} tokens"):
-        check_streams(streams, split, tokens - 1)
-    lists = replace(streams, row_id=np.full_like(streams.row_id, -1))
-    with pytest.raises(ConfigError, match=rf"A list .* has {tokens} tokens.*similar_items"):
-        check_streams(lists, split, tokens - 1)
 
 
 def test_the_datamodule_asks_before_it_retrieves(
@@ -437,7 +430,7 @@ def test_segments_hold_one_token_a_field() -> None:
 
 @pytest.mark.parametrize("column", ["mf", "item_similarity"])
 def test_which_field_tells_a_column(column: str) -> None:
-    fields = [name for name, (told, _) in RETRIEVED_FIELDS.items() if told == column]
+    fields = [name for name, told in RETRIEVED_FIELDS.items() if told == column]
     for field in [*fields, f"{column}_number"]:
         assert (
             field_showing(Prompt(segment="{title}{" + field + "}:"), column)

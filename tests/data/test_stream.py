@@ -39,7 +39,7 @@ from research.packing import prompts_of
 KINDS = ("global_time", "user_time", "random", "leave_last")
 REFITS = 5
 PROMPT = Prompt(instruction="I\n", segment="{title} {vote_percent}:", similar="[{titles}]")
-RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3, similar_items=3)
+RETRIEVER = LightGCN(dim=8, epochs=1, similar_every=3)
 
 
 def random_stream(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

@@ -170,7 +170,7 @@ def test_overlays_beside_a_base(tiny_config: Callable[..., Path], tmp_path: Path
     """An overlay without effect differs by 0 from the base, and one with another seed does not."""
     config = tiny_config()
     for name, text in (
-        ("same", "data: {num_workers: 0}"),
+        ("same", "data: {refits: 5}"),
         ("seed", "seed_everything: 1"),
         ("none", "{}"),
     ):

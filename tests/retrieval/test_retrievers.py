@@ -186,7 +186,6 @@ def test_keys_of_our_own_retrievers_stay() -> None:
             (LightGCN, name, -1)
             for name in ("layers", "epochs", "similar_every", "item_neighbours")
         ),
-        *((LightGCN, name, 0) for name in ("similar_users", "similar_items")),
         (MatrixFactorisation, "dim", 0),
     ],
 )

@@ -22,7 +22,14 @@ from example_logs import (
 
 from project.retrieval import LightGCN, RetrievedFeatures, VectorRetriever
 
-LISTS = {"similar_every": 3, "similar_users": 3, "similar_items": 2}
+LISTS = {"similar_every": 3}
+
+
+@pytest.fixture(autouse=True)
+def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two items that three users like, in a log of twelve."""
+    monkeypatch.setattr("project.retrieval.lightgcn.SIMILAR_USERS", 3)
+    monkeypatch.setattr("project.retrieval.past.SIMILAR_ITEMS", 2)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -116,11 +123,11 @@ def brute_force_list(
         (u for u in others if cosine[u] > 0), key=lambda u: (-cosine[u], -latest[u])
     )
     score = {
-        i: sum(cosine[u] for u in nearest[: retriever.similar_users] if liked.get((u, i)))
+        i: sum(cosine[u] for u in nearest[:3] if liked.get((u, i)))
         for i in set(range(NUM_ITEMS)) - set(own["item"])
     }
     new = sorted((i for i in score if score[i] > 0), key=lambda i: (-round(score[i], 4), i))
-    return new[: retriever.similar_items] or None
+    return new[:2] or None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def test_off_changes_nothing(settings: dict[str, int], columns: dict[str, Any]) 
     )
     assert on.select(off.columns).equals(off)
     assert dict(on.drop(off.columns).schema) == columns
-    assert not settings.keys() & LightGCN(similar_users=7).settings()["init_args"].keys()
+    assert not settings.keys() & LightGCN().settings()["init_args"].keys()
     assert settings.items() <= LightGCN(**settings).settings()["init_args"].items()
 
 
