@@ -11,17 +11,10 @@ from project.engine.predict import Run, load_run
 from project.export import POLICY, give_exported
 
 
-def open_run(
-    folder: str | Path, device: str | None = None, precision: str | None = None
-) -> Run:
-    """Open a calibrated run's folder, or one that `export` wrote.
-
-    `device` None: a GPU where there is one. `precision`: bf16-mixed or 32-true; None: as config.yaml has it.
-    """
+def open_run(folder: str | Path, device: str | None = None) -> Run:
+    """Open a calibrated run's folder, or one that `export` wrote; `device` None: a GPU where there is one."""
     folder = Path(folder)
     model, data = config.open_run(folder)
-    if precision is not None:
-        model.compute_in(precision)
     # an exported folder holds its weights; a run's checkpoint lies on top of the base model
     if (folder / POLICY).exists():
         if not model.items:  # the base model is not needed

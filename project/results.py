@@ -352,10 +352,7 @@ class Timed(ListQuality):
 
     engine: str
     policy: str
-    requests: int
-    p50_ms: float
     auc: float | None
-    mean_depth: float
     token_layer_speedup: float | None
     measured_speedup: float | None
     measured_speedup_interval: Bounds | None

@@ -119,6 +119,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_the_session(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process use it, and those that they start."""
+    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+
+
 @pytest.fixture
 def tiny_config(tiny_model: Path, tiny_logs: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML file for the tiny world; nested keys can be changed with `**{"data.logs": ...}`."""
@@ -139,9 +145,8 @@ def tiny_config(tiny_model: Path, tiny_logs: Path, tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> Callable[..., None]:
+def run(session_cache: Path) -> Callable[..., None]:
     """Runs `python -m project ...` in this process."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return functools.partial(call, session_cache)
 
 

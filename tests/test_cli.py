@@ -116,13 +116,11 @@ def test_limited_batches(run: Run, tiny_config: Config, tmp_path: Path) -> None:
 def test_fast_dev_run_leaves_nothing(
     tiny_config: Config,
     tmp_path: Path,
-    session_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its files are not where it is started, but where it says; `run` takes the command as its argument."""
     config = tiny_config()
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     run_command(["fit", "--config", str(config), "--trainer.fast_dev_run", "true"])

@@ -82,8 +82,7 @@ def fitted(
 
 
 @pytest.fixture
-def opened(fitted: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+def opened(fitted: Path) -> Run:
     return open_run(fitted)
 
 
@@ -187,13 +186,12 @@ def test_training_predict_and_server_agree(opened: Run, fitted: Path) -> None:
 
 
 def test_an_event_is_the_row_it_would_be_in_the_log(
-    fitted: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit 0 of the next requests to 1e-6, of a server that got events and of a log that has them as rows.
 
     An event's own prompt does not hold its answer.
     """
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     ranker = Ranker.load(fitted, audit_share=0.0)
     other = Ranker.load(fitted, audit_share=0.0)
     said = [

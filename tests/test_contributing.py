@@ -146,10 +146,7 @@ def test_data_set(
     json_logs: dict[str, str],
     tiny_logs: Path,
     tiny_model: Path,
-    session_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     table = TableLogs(
         *(str(tiny_logs / name) for name in ("interactions.csv", "items.csv"))
     )

@@ -204,11 +204,8 @@ def test_clicks_without_dates_or_answers(
 def read_form(
     tmp_path: Path,
     tiny_model: Path,
-    session_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], InteractionData]:
     """Reads the log in a form of it."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return lambda form: read_data(tmp_path, form, tiny_model)
 
 
@@ -337,11 +334,8 @@ def test_retriever_and_factorisation_may_be_left_out(
         assert (data.retriever.settings(), data.mf) == (retriever.settings(), mf)
 
 
-def test_a_dead_graph_is_a_warning_in_the_data(
-    tmp_path: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_graph_is_a_warning_in_the_data(tmp_path: Path, tiny_model: Path) -> None:
     """With one block LightGCN is never fitted: one line a split in the log and in what results read."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     files = write_logs(tmp_path, "csv")
     data = InteractionData(
         TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, mf=None

@@ -38,11 +38,8 @@ def test_every_script_finds_what_it_imports(name: str) -> None:
     import_module(f"research.{name}")
 
 
-def test_prompts_are_what_packed_targets_see(
-    tiny_logs: Path, tiny_model: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_what_packed_targets_see(tiny_logs: Path, tiny_model: Path) -> None:
     """Over an epoch of training windows: one prompt a target, the token ids its slot reads, tied rows left out."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     data = InteractionData(
         TableLogs(str(tiny_logs / "interactions.csv"), str(tiny_logs / "items.csv")),
         LightGCN(neighbours=3, dim=4, epochs=1),

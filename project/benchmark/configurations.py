@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +17,14 @@ from project.data.requests import catalogue_requests
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits, RowExits, static_exits
 from project.engine.engine import Engine, score_workload
+from project.engine.predict import scores_of_run
 from project.engine.prepacked import copied, prepacked
 from project.engine.requests import PreparedRequest, Scored, prepare_requests
 from project.exits.criteria import HeadOutputs
-from project.exits.plan import ExitPlan, Plans
+from project.exits.plan import Plans
 from project.exits.ranking import ScoredRequests, list_keys
 from project.metrics import auc
-from project.model.heads import heads_digest
 from project.results import ListQuality
-from project.run import table_about
 
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
@@ -139,11 +138,8 @@ class Bench:
         # 2. the scores of test and features of the same rows; a table of another checkpoint
         # does not count
         self._table: tuple[pl.DataFrame, F64] | None = None
-        path = folder / "scores" / "test.parquet"
-        if path.is_file() and table_about(path).get("heads") == heads_digest(
-            model.state_dict()
-        ):
-            scores = pl.read_parquet(path, glob=False)
+        scores = scores_of_run(folder, "test", model)
+        if scores is not None:
             self._table = scores, data.features_of(scores, model.feature_baseline().base)
         # 3. requests of test scored at every head, by number of candidates
         self._requests: dict[int, ScoredRequests] = {}
@@ -162,14 +158,21 @@ class Bench:
         # 3. the run's plan
         plan = self.plans.plan
         decision = RowExits(plan, self._device)
-        words = f"budget: {plan.criterion}"
-        found.append(self._by_row("early_exit", words, plan, decision, scored, cache))
+        made = Configuration(
+            "early_exit", f"budget: {plan.criterion}", self._engine(decision, cache)
+        )
+        self._judge(made, lambda outputs: plan.emitted(outputs)[1], scored)
+        found.append(made)
         # 4. lists of the best k
         if scored is not None:
-            found.append(self._best_list(scored, cache))
+            exits = self.plans.lists.top_k(LISTED).exits(scored.request, scored.outputs)
+            decision = ListExits(plan, self.plans.lists, self._device)
+            made = Configuration("top_k", f"best {LISTED}", self._engine(decision, cache))
+            made.quality = scored.quality(list_keys(scored.outputs, exits), LISTED)
+            found.append(made)
         # 5. what bfloat16 wins
         if self.model.in_bfloat16:
-            whole = static_exits(self.plans.plan, self.model.depth, self._device)
+            whole = static_exits(plan, self.model.depth, self._device)
             engine = Engine(with_prepacked(self.model, False), whole, cache)
             found.append(Configuration(FLOAT32, "full depth", engine))
         return found
@@ -179,46 +182,31 @@ class Bench:
     ) -> Configuration:
         """Every candidate leaves at one layer."""
         plan = self.plans.plan
+        head = plan.layers.index(layer)
         full = layer == self.model.depth
-        name = "packed" if full else f"fixed_depth_{layer}"
-        decision = static_exits(plan, layer, self._device)
-        words = "full depth" if full else "static"
-        return self._by_row(name, words, plan, decision, scored, cache, layer)
+        made = Configuration(
+            "packed" if full else f"fixed_depth_{layer}",
+            "full depth" if full else "static",
+            self._engine(static_exits(plan, layer, self._device), cache),
+        )
+        self._judge(made, lambda outputs: outputs.logits[:, head], scored)
+        return made
 
-    def _by_row(
+    def _engine(self, decision: RowExits, cache: StreamCache | None) -> Engine:
+        return Engine(self.module, decision, cache)
+
+    def _judge(
         self,
-        name: str,
-        policy: str,
-        plan: ExitPlan,
-        decision: RowExits,
+        made: Configuration,
+        logits: Callable[[HeadOutputs], Tensor],
         scored: ScoredRequests | None,
-        cache: StreamCache | None,
-        layer: int | None = None,
-    ) -> Configuration:
-        """Candidates leave by a plan, or all of them at one layer of it; AUC and lists, of `scored`, are of test."""
-
-        def logits(outputs: HeadOutputs) -> Tensor:
-            if layer is not None:
-                return outputs.logits[:, plan.layers.index(layer)]
-            return plan.emitted(outputs)[1]
-
-        made = Configuration(name, policy, Engine(self.module, decision, cache))
+    ) -> None:
+        """Note the AUC of the rows of test, and the lists of `scored`, by the logits that candidates leave with."""
         if self._table is not None:
-            of_rows = logits(plan.outputs(*self._table)).double().numpy()
+            of_rows = logits(self.plans.plan.outputs(*self._table)).double().numpy()
             made.auc = auc(of_rows, self._table[0]["label"])
         if scored is not None:
             made.quality = scored.quality(logits(scored.outputs), LISTED)
-        return made
-
-    def _best_list(
-        self, scored: ScoredRequests, cache: StreamCache | None
-    ) -> Configuration:
-        """Lists by the run's margins."""
-        exits = self.plans.lists.top_k(LISTED).exits(scored.request, scored.outputs)
-        quality = scored.quality(list_keys(scored.outputs, exits), LISTED)
-        decision = ListExits(self.plans.plan, self.plans.lists, self._device)
-        engine = Engine(self.module, decision, cache)
-        return Configuration("top_k", f"best {LISTED}", engine, quality=quality)
 
     def _scored(self, candidates: int) -> ScoredRequests:
         """Catalogue requests of test, scored at every head."""

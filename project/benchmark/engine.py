@@ -62,18 +62,14 @@ def configuration_row(
     if static_exit is not None:
         over_static = bootstrap.ratio_interval(static_exit.typical(), wall)
     # 2. token-layers
-    depths = np.concatenate([s.exit_layers for s in own.scored])
     spent = sum(s.token_layers for s in own.scored)
     whole = sum(s.token_layers for s in full.scored)
     saved = whole / spent if spent else None
     return {
         "engine": own.engine,
         "policy": own.policy,
-        "requests": len(own.scored),
-        "p50_ms": 1e3 * float(np.median(own.wall)),
         "auc": own.auc,
         **(own.quality or {"overlap": None, "ndcg": None, "hits": None}),
-        "mean_depth": float(depths.mean()),
         "token_layer_speedup": saved,
         "measured_speedup": measured["value"],
         "measured_speedup_interval": measured["interval"],

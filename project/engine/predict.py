@@ -40,7 +40,13 @@ from project.model.backbone import Backbone
 from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
 from project.request import RankRequest, Scored, id_of
-from project.run import Checkpoint, read_checkpoint, replace_file, run_of_checkpoint
+from project.run import (
+    Checkpoint,
+    read_checkpoint,
+    replace_file,
+    run_of_checkpoint,
+    table_about,
+)
 from project.run_folder import tag_of
 
 # a row a candidate
@@ -102,6 +108,15 @@ def load_run(
             "--ckpt_path RUN/checkpoints/last.ckpt`."
         )
     return plans
+
+
+def scores_of_run(run: Path, split: str, model: ExitRecommender) -> pl.DataFrame | None:
+    """A run's score table of a split; None where there is none of these weights."""
+    path = run / "scores" / f"{split}.parquet"
+    digest = heads_digest(model.state_dict())
+    if not path.is_file() or table_about(path).get("heads") != digest:
+        return None
+    return pl.read_parquet(path, glob=False)
 
 
 @dataclass(eq=False)

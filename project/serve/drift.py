@@ -36,15 +36,14 @@ from project.datamodule import InteractionData
 from project.engine.cache import StreamCache
 from project.engine.decisions import EveryHead
 from project.engine.engine import Engine
+from project.engine.predict import scores_of_run
 from project.engine.requests import PreparedRequest, Scored
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.ranking import EPSILON, Lists, list_keys
 from project.exits.top_k import overlap_at_k
 from project.metrics import probabilities
-from project.model.heads import heads_digest
 from project.model.module import ExitRecommender
-from project.run import table_about
 
 LOG = logging.getLogger(__name__)
 
@@ -254,12 +253,10 @@ def references(
 
     The second is None where no user has EVENTS rows there, both are where the table is not of this checkpoint.
     """
-    path = run / "scores" / "valid.parquet"
-    if not path.is_file() or table_about(path).get("heads") != heads_digest(
-        model.state_dict()
-    ):
+    scores = scores_of_run(run, "valid", model)
+    if scores is None:
         return None, None
-    tune = pl.read_parquet(path, glob=False).filter(pl.col("fold") == "tune")
+    tune = scores.filter(pl.col("fold") == "tune")
     baseline = model.feature_baseline()
     features = data.features_of(tune, baseline.base)
     table = data.retrieved_of(data.split.rows[tune["row_id"].to_numpy()])

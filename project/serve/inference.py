@@ -145,7 +145,6 @@ class Served:
             run,
             cache_mib=self.settings.cache_mib,
             audit_share=self.settings.audit_share,
-            precision=self.settings.precision,
         )
         ranker.max_new_characters = self.settings.max_new_characters
         ranker.follow(self.store)
@@ -163,13 +162,6 @@ class Served:
         finally:
             self._loading.release()
 
-    def rest(self) -> None:
-        """Take in the store's events while nobody asks, so that the next request need not wait for that."""
-        try:
-            self._ranker.follow(self.store, embed=False)
-        except SQLAlchemyError as error:
-            logger.warning("database", extra={"fields": {"error": str(error)}})
-
     def turn(self, came: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
         """Numbered answers to numbered payloads, those of earlier turns included."""
         # 1. requests that have waited long enough come along
@@ -180,7 +172,9 @@ class Served:
         ]
         self._aside = [one for one in self._aside if not one.ready(now)]
         if not batch:
-            self.rest()
+            # nobody asks: the next request need not wait for the store's events
+            with suppress(SQLAlchemyError):
+                self._ranker.follow(self.store, embed=False)
             return []
         try:
             found = self.answer([payload for _, payload in batch])

@@ -141,19 +141,12 @@ class Ranker:
         }
 
     @classmethod
-    def load(
-        cls,
-        run: Path,
-        cache_mib: int = 256,
-        audit_share: float = 0.01,
-        precision: str | None = None,
-    ) -> Ranker:
+    def load(cls, run: Path, cache_mib: int = 256, audit_share: float = 0.01) -> Ranker:
         """From a calibrated run's folder, or one that `export` wrote, which has no score table to audit by.
 
-        `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth. `precision` is
-        `open_run`'s.
+        `cache_mib` is memory for users' histories, `audit_share` of the requests also run to full depth.
         """
-        return cls(run, open_run(run, precision=precision), cache_mib, audit_share)
+        return cls(run, open_run(run), cache_mib, audit_share)
 
     # Events
 

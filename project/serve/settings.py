@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from project.errors import ConfigError
 from project.run import label_rule
@@ -36,8 +35,6 @@ class ServeSettings:
         gorse_positive: Gorse's positive_feedback_types, such as "star, like, read>=3": its feedback that means yes.
         gorse_read: Gorse's read_feedback_types: its feedback that means no where it does not mean yes.
         audit_share: Share of requests that also run to full depth, to see whether early exits still hold.
-        precision: bf16-mixed multiplies in bfloat16, which CPUs with AVX-512 BF16 or AMX do faster; None: as the run
-            was trained.
         other: Folder of another run, such as a refit: a second process. It needs `split` or `shadow_share`.
         split: Share of users whom `other` answers, always the same ones.
         shadow_share: Share of the requests answered by `run` that `other` scores as well; /metrics compares both.
@@ -61,7 +58,6 @@ class ServeSettings:
     gorse_positive: str = "star, like"
     gorse_read: str = "read"
     audit_share: float = 0.01
-    precision: Literal["32-true", "bf16-mixed"] | None = None
     other: Path | None = None
     split: float = 0.0
     shadow_share: float = 0.0

@@ -86,8 +86,7 @@ def test_row(made: Callable[..., Any]) -> None:
         (2, 1.5)
     )
     assert row["token_layer_speedup"] == 4
-    assert (row["mean_depth"], row["auc"], row["requests"]) == (1, 0.749, 2)
-    assert row["p50_ms"] == 2000
+    assert row["auc"] == 0.749
     row = configuration_row(exit_0, full, None)
     assert row["speedup_over_static"] == {"value": None, "interval": None}
     assert row["token_layer_speedup"] is None

@@ -44,10 +44,7 @@ def retriever(
     request: pytest.FixtureRequest,
     tiny_encoder: Path,
     tiny_model: Path,
-    session_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Retriever:
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     found: Retriever = {
         "co_likes": CoLikes(neighbours=4),
         "item_similarity": CoLikes(neighbours=4, item_neighbours=3),

@@ -59,11 +59,8 @@ def served_run(
 
 
 @pytest.fixture
-def ranker(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Ranker:
+def ranker(served_run: Path) -> Ranker:
     """The run, loaded anew."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return Ranker.load(served_run, audit_share=0.0)
 
 

@@ -28,9 +28,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def opened(served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def opened(served_run: Path) -> Run:
     """The served run, opened from Python."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     return open_run(served_run)
 
 
@@ -39,12 +38,10 @@ def test_the_document(
     served_run: Path,
     tiny_logs: Path,
     tiny_model: Path,
-    session_cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every block of Python, one after the other; the names of its world are those of the tiny one."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.chdir(tmp_path)
     names = {
         "runs/quickstart/latest": str(served_run),

@@ -21,16 +21,13 @@ pytestmark = pytest.mark.slow
 
 def test_clients_get_the_rankers_scores(
     served_run: Path,
-    session_cache: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     ranker: Ranker,
 ) -> None:
     """Cohere's client in both versions, Gorse's and TEI's request: the probabilities of the bare ranker.
 
     After an event of the user they are another's; a posted event is read by the next request.
     """
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     titles = ranker.about["examples"]["items"]
     (alone,) = ranker.rank_after_log(
         [RankRequest("u1", None, [Item(title=title) for title in titles])]

@@ -220,12 +220,9 @@ def test_the_lot(world: World) -> None:
 @pytest.mark.slow
 def test_a_ranker_falls_back_to_full_depth(
     served_run: Path,
-    session_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Audits answer as the plan does, and know full depth; after the alarm it answers, once and for all."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     requests = [RankRequest(f"u{k}", None, [f"i{i}" for i in range(12)]) for k in range(6)]
     plain, audited = (Ranker.load(served_run, audit_share=share) for share in (0.0, 1.0))
     expected, audits = plain.rank_after_log(requests), audited.rank_after_log(requests)
@@ -265,11 +262,8 @@ def test_an_audited_list_is_what_the_engine_lists(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_lists_fall_back_alone(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_fall_back_alone(served_run: Path) -> None:
     """After their alarm lists are full depth's best, whatever else is in the batch; other requests keep the plan."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     ranker = Ranker.load(served_run, audit_share=0.0)
     plain = RankRequest("u1", None, [f"i{i}" for i in range(12)])
     listed = replace(plain, top_n=3)
@@ -290,11 +284,8 @@ def test_lists_fall_back_alone(
 
 
 @pytest.mark.slow
-def test_a_ranker_learns_from_events_that_features_are_wrong(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ranker_learns_from_events_that_features_are_wrong(served_run: Path) -> None:
     """Answers drawn by a coin: exit 0, said to know .24 more than the base rate, tells none; all to full depth."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     ranker, rng = Ranker.load(served_run, audit_share=0.0), np.random.default_rng(5)
     request = RankRequest("u1", None, ["i4"])
     assert ranker.answers is None  # no user of the tiny world has ten rows in the tune fold
@@ -316,11 +307,8 @@ def test_a_ranker_learns_from_events_that_features_are_wrong(
 
 
 @pytest.mark.slow
-def test_without_a_score_table_nothing_is_audited(
-    served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_score_table_nothing_is_audited(served_run: Path, tmp_path: Path) -> None:
     """Nobody knows which loss is no drift."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     run = shutil.copytree(
         served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet")
     )

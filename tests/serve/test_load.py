@@ -59,12 +59,10 @@ def test_what_requests_cost() -> None:
 @pytest.mark.slow
 def test_a_tiny_run_under_load(
     served_run: Path,
-    session_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two servers, one and four users: no error, no wrong order."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.setattr(serve, "USERS", (1, 4))
     monkeypatch.setattr(serve, "ROUNDS", 1)
     monkeypatch.setattr(serve, "LISTED", 4)  # the tiny run's longest list is of five
@@ -81,11 +79,8 @@ def test_a_tiny_run_under_load(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_hostile_texts_cost_others_no_answer(
-    served_run: Path, session_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_texts_cost_others_no_answer(served_run: Path) -> None:
     """Users of known items get every answer, and right ones; each hostile body is an error, done, or told to wait."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     found = hostile.measure(served_run, seconds=4.0, rounds=1)
     for phase in ("calm", "hostile"):
         assert (found[phase]["errors"], found[phase]["wrong_orders"]) == (0, 0)

@@ -136,12 +136,10 @@ def test_predict_recommends_as_the_server_does(
 
 def test_the_study(
     served_run: Path,
-    session_cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It runs. By hand: of {1, 2} and {3, 4} liked, 2 (new) and 3, 4 are found, so (.5 + 1) / 2; of known 0 and 1."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     monkeypatch.setattr(study, "CATALOGUE", 1000)
     study.study(served_run, tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())

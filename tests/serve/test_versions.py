@@ -305,11 +305,8 @@ def test_another_run_that_ends_and_cannot_be_loaded(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_real_runs_under_load(
-    served_run: Path, session_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_real_runs_under_load(served_run: Path, tmp_path: Path) -> None:
     """No request is dropped, also while the other run is promoted; responses are those of single servers."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
     other = shutil.copytree(served_run, tmp_path / "version_1", symlinks=True)
     checkpoint = other / "checkpoints/last.ckpt"
     content = torch.load(checkpoint, weights_only=True)
