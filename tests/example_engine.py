@@ -13,7 +13,7 @@ from project.data.prompt import BYTE, NUMBERS
 from project.data.ragged import Ragged
 from project.engine import PreparedRequest, StreamTokens
 from project.exits.calibration import Calibration
-from project.exits.criteria import Criterion, HeadOutputs
+from project.exits.criteria import Criterion, HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
 from project.exits.policy import Policy
 from project.layout import Layout
@@ -94,6 +94,12 @@ def _between(confidence: torch.Tensor, share: float) -> float:
     gaps = ordered[k - 3 : k + 2] - ordered[k - 2 : k + 3]
     best = k - 3 + int(gaps.argmax())
     return float((ordered[best] + ordered[best + 1]) / 2)
+
+
+def with_thresholds(plan: ExitPlan, thresholds: Sequence[float]) -> ExitPlan:
+    """The same calibration, and the most probable class's chance against other thresholds."""
+    policy = Policy(Ratio(), torch.tensor(thresholds, dtype=torch.float64), plan.layers)
+    return replace(plan, policy=policy)
 
 
 def random_request(

@@ -6,6 +6,8 @@ fitted tensors moved there once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -133,3 +135,10 @@ def static_exits(
     return RowExits(
         ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.exit_0), device
     )
+
+
+def nobody_leaves(plan: ExitPlan) -> ExitPlan:
+    """The same heads and calibration, everyone at the last: full depth, which a deadline can cut at every head."""
+    thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
+    thresholds[-1] = -torch.inf
+    return replace(plan, policy=Policy(plan.policy.criterion, thresholds, plan.layers))

@@ -28,7 +28,7 @@ from project.data.ragged import Ragged
 from project.data.requests import Catalogue, titles_of
 from project.data.stream import streams_of
 from project.engine.cache import StreamCache
-from project.engine.decisions import ListExits, RowExits
+from project.engine.decisions import ListExits, RowExits, nobody_leaves
 from project.engine.engine import Engine
 from project.engine.predict import Run
 from project.engine.prepacked import prepacked
@@ -40,8 +40,6 @@ from project.engine.requests import (
     until_slots,
 )
 from project.errors import ConfigError, DataError, ProjectError
-from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.features import COLUMNS, Retrieved
 from project.loading import open_run
 from project.metrics import probabilities
@@ -618,10 +616,3 @@ class History:
 def named_by(event: Event) -> dict[str, str]:
     """The item of an event; where it is new, all that is known of it."""
     return {"item_id": event.item_id, "title": event.item_id}
-
-
-def nobody_leaves(plan: ExitPlan) -> ExitPlan:
-    """The same heads and calibration, everyone at the last: full depth, which a deadline can cut at every head."""
-    thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
-    thresholds[-1] = -torch.inf
-    return replace(plan, policy=Policy(plan.policy.criterion, thresholds, plan.layers))

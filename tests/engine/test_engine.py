@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from project.data.ragged import Ragged
 from project.engine import Engine, RowExits, Scored, StreamCache
 from project.engine import engine as engine_module
-from project.engine.decisions import static_exits
+from project.engine.decisions import nobody_leaves, static_exits
 from project.engine.engine import EngineBatch, answers_of_layer
 from project.errors import ConfigError
 from project.exits.cost import request_cost
@@ -168,9 +168,6 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
     The last layer for answer positions alone, as a static model reads it: same shapes, same kernels.
     """
     plan = world.plan(Ratio(), 0.4)
-    thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
-    thresholds[-1] = -torch.inf
-    never = replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
     states, embed = [], EngineBatch._embed
 
     def kept(self: EngineBatch) -> Any:
@@ -178,7 +175,7 @@ def test_without_exits_it_is_the_plain_forward_bit_for_bit(
         return states[-1][1]
 
     monkeypatch.setattr(EngineBatch, "_embed", kept)
-    engine = Engine(world.module, RowExits(never))
+    engine = Engine(world.module, RowExits(nobody_leaves(plan)))
     scores = engine.score(world.requests)
     batch, state = states[0]
     backbone = engine.backbone
@@ -246,10 +243,7 @@ def test_past_its_deadline_a_request_leaves_at_the_next_exit(
     """
     plan = world.plan(Ratio(), 0.4, exit_0)
     if policy == "never":
-        thresholds = torch.tensor(
-            [torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64
-        )
-        plan = replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
+        plan = nobody_leaves(plan)
     engine, cut, ticks = (
         Engine(world.module, RowExits(plan)),
         min(head, len(plan.layers) - 1),

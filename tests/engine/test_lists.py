@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, World, random_request, subset
+from example_engine import EXITS, World, random_request, subset, with_thresholds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -192,8 +192,7 @@ def test_who_cannot_reach_the_list_runs_no_layer(world: World) -> None:
     """With margin 0 at exit 0 two of twelve run; a request whose plan has everyone leave there runs no history."""
     plan = world.plan(Ratio(), 0.4)
     at_once = Lists({2: torch.tensor([0.0, *[torch.inf] * 4], dtype=torch.float64)})
-    thresholds = torch.full_like(plan.policy.thresholds, -torch.inf)
-    leaves = replace(plan, policy=type(plan.policy)(Ratio(), thresholds, plan.layers))
+    leaves = with_thresholds(plan, [-np.inf] * 5)
     listed = replace(world.requests[2], list_of=2)
     first, second = Engine(world.module, ListExits(leaves, at_once)).score(
         [listed, world.requests[7]]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, World, random_request
+from example_engine import EXITS, World, random_request, with_thresholds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +21,9 @@ from project.engine import (
     StreamCache,
     StreamTokens,
 )
-from project.engine.decisions import static_exits
+from project.engine.decisions import nobody_leaves, static_exits
 from project.engine.prepacked import copied, prepacked
 from project.exits.criteria import Ratio
-from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +63,6 @@ def request_of(stream: StreamTokens, seed: int = 3, candidates: int = 6) -> Prep
         stream=stream,
         user="u",
     )
-
-
-def never(world: World) -> ExitPlan:
-    """Heads at every exit, and nobody leaves before the last."""
-    plan = world.plan(Ratio(), 0.4)
-    thresholds = torch.tensor(
-        [torch.inf] * (len(plan.layers) - 1) + [-torch.inf], dtype=torch.float64
-    )
-    return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers))
 
 
 def at_exit(world: World, layer: int, cache: StreamCache | None) -> Engine:
@@ -153,9 +142,8 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
         request_of(history(0, 9)),
         request_of(history(0, 11)),
     )
-    plan, own = never(world), len(request.candidates.values)
-    thresholds = torch.tensor([torch.inf] * 4 + [-torch.inf] * 2, dtype=torch.float64)
-    at_4 = RowExits(replace(plan, policy=Policy(Ratio(), thresholds, plan.layers)))
+    plan, own = nobody_leaves(world.plan(Ratio(), 0.4)), len(request.candidates.values)
+    at_4 = RowExits(with_thresholds(plan, [np.inf] * 4 + [-np.inf] * 2))
     shared, new = len(request.stream), len(grown.stream) - len(request.stream)
     steps = [
         (request, at_4, 4 * (own + shared)),
@@ -173,7 +161,7 @@ def test_a_stream_waits_in_front_of_the_last_layer(world: World) -> None:
 
 def test_nan_scores_refuse_one_request(world: World) -> None:
     """A token whose embedding is NaN: who shows it gets an error and is not cached, company is as alone."""
-    decision, cache = RowExits(never(world)), StreamCache()
+    decision, cache = RowExits(nobody_leaves(world.plan(Ratio(), 0.4))), StreamCache()
     good = replace(
         request_of(history(0, 5)), candidates=Ragged.of([[3, 4], [5]]), user="good"
     )
@@ -192,21 +180,6 @@ def test_nan_scores_refuse_one_request(world: World) -> None:
     alone = Engine(world.module, decision).score([good])[0]
     np.testing.assert_allclose(second.logits, alone.logits, atol=1e-5)
     assert (len(cache), cache.common("good", good.stream)) == (1, len(good.stream))
-
-
-def test_requests_of_one_call_share_their_users_stream(world: World) -> None:
-    """Two requests of one user in one call: the second finds the stream that the first has just run."""
-    engine = Engine(
-        world.module, static_exits(world.plan(Ratio(), 0.4), EXITS[-1]), StreamCache()
-    )
-    request = request_of(history(0, 9))
-    first, second = engine.score([request, request])
-    own = EXITS[-1] * len(request.candidates.values)
-    assert (first.token_layers, second.token_layers) == (
-        own + EXITS[-1] * len(request.stream),
-        own,
-    )
-    np.testing.assert_allclose(first.logits, second.logits, atol=1e-5)
 
 
 def test_full_depth_costs_what_an_engine_at_full_depth_runs(world: World) -> None:
@@ -255,7 +228,11 @@ def test_any_sequence_of_requests_scores_as_without_a_cache(
             )
         )
         policies.append(
-            RowExits(never(world) if share is None else world.plan(Ratio(), share))
+            RowExits(
+                nobody_leaves(world.plan(Ratio(), 0.4))
+                if share is None
+                else world.plan(Ratio(), share)
+            )
         )
     reads = [step[-1] for step in steps]
     if together:
@@ -288,17 +265,6 @@ def test_the_least_recently_used_stream_is_forgotten(world: World) -> None:
     assert again.token_layers == EXITS[-1] * len(request.candidates.values)
 
 
-def test_bytes_of_a_stream(world: World) -> None:
-    """At depth 3, keys and values of 3 of 5 layers, 2 heads of 8 float32 each, with room for a quarter more tokens.
-
-    Layer 3 is read alone, so all tokens wait in front of it, with 32 float32 each.
-    """
-    cache, request = StreamCache(), request_of(history(0, 8))
-    at_depth(world, cache, request, layer=3)
-    tokens = len(request.stream)
-    assert cache.bytes == 3 * 2 * int(1.25 * tokens) * 2 * 8 * 4 + tokens * 32 * 4
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(st.tuples(st.sampled_from("abcd"), STEP), min_size=1, max_size=8),
@@ -316,7 +282,11 @@ def test_a_cache_never_keeps_more_than_it_may(
         request = replace(
             request_of(history(first, stop, min(tied, stop - first))), user=user
         )
-        policy = RowExits(never(world) if share is None else world.plan(Ratio(), share))
+        policy = RowExits(
+            nobody_leaves(world.plan(Ratio(), 0.4))
+            if share is None
+            else world.plan(Ratio(), share)
+        )
         Engine(world.module, policy, cache, read_tokens=read).score([request])
         streams = [stream for stream, _ in cache._recent._kept.values()]
         tensors = [

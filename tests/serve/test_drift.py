@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_engine import EXITS, World, make_module, random_request, raw_outputs
+from example_engine import (
+    EXITS,
+    World,
+    make_module,
+    random_request,
+    raw_outputs,
+    with_thresholds,
+)
 from scipy.stats import binom
 
 from project.arrays import F64, I64
 from project.engine import Engine, ListExits, PreparedRequest, RowExits
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.exits.ranking import Lists
 from project.request import RankRequest
 from project.serve.drift import EVENTS, AnswerMonitor, Capital, Monitor, answered
@@ -137,10 +142,7 @@ def agreeing(world: World) -> tuple[ExitPlan, list[PreparedRequest]]:
     for request, outputs in zip(world.requests, world.outputs, strict=True):
         same = (0.8 * outputs.logits[:, -1].numpy() - 0.4) / 0.96
         requests.append(replace(request, exit_0=same + 0.1 * rng.normal(size=len(same))))
-    thresholds = torch.tensor(
-        [0.3, *[torch.inf] * (len(EXITS) - 1), -torch.inf], dtype=torch.float64
-    )
-    return replace(plan, policy=Policy(Ratio(), thresholds, plan.layers)), requests
+    return with_thresholds(plan, [0.3, *[np.inf] * (len(EXITS) - 1), -np.inf]), requests
 
 
 def test_shuffled_features_raise_the_alarm(
@@ -304,13 +306,3 @@ def test_a_ranker_learns_from_events_that_features_are_wrong(served_run: Path) -
     (found,) = ranker.rank_after_log([request])
     assert ranker.full_depth
     assert found.exit_layers.tolist() == [ranker.about["exit_layers"][-1]]
-
-
-@pytest.mark.slow
-def test_without_a_score_table_nothing_is_audited(served_run: Path, tmp_path: Path) -> None:
-    """Nobody knows which loss is no drift."""
-    run = shutil.copytree(
-        served_run, tmp_path / "run", ignore=shutil.ignore_patterns("valid.parquet")
-    )
-    ranker = Ranker.load(run, audit_share=1.0)
-    assert ranker.rank_after_log([RankRequest("u1", None, ["i1"])])[0].audit is None

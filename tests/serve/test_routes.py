@@ -55,20 +55,11 @@ def test_the_token_comes_before_the_body(client: Make) -> None:
     ("method", "path", "body", "found"),
     [
         ("PUT", "/v1/items", [ITEM | {"title": LONG}], "2,001 characters"),
-        ("PUT", "/v1/items", [ITEM | {"genres": LONG}], "2,001 characters"),
         ("PUT", "/v1/items", [ITEM | {LONG: "x"}], "2,001 characters"),
         ("PUT", "/v1/items", [ITEM | {f"c{k}": "x" for k in range(5000)}], "5,002 columns"),
-        ("PUT", "/v1/items", [ITEM] * 1001, "1,001"),
         ("POST", "/v1/events", [EVENT | {"title": LONG}], "2,001 characters"),
-        (
-            "POST",
-            "/v1/events",
-            [EVENT | {"title": "x"} | {f"c{k}": "x" for k in range(5000)}],
-            "columns",
-        ),
         ("POST", "/v1/events", [EVENT] * 1001, "1,001"),
         ("POST", "/api/feedback", [GORSE] * 1001, "1,001"),
-        ("POST", "/v1/rerank", {"query": LONG, "documents": ["x"]}, "2,001 characters"),
         (
             "POST",
             "/v1/rerank",

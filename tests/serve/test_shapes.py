@@ -120,30 +120,6 @@ def test_cohere(client: Make, path: str) -> None:
     ]
 
 
-def test_cohere_with_ids(client: Make) -> None:
-    """Version 1 sends documents as objects too."""
-    body = {
-        "query": "",
-        "user_id": "u1",
-        "item_ids": [3, "i2"],
-        "documents": [{"text": "x"}, "y"],
-    }
-    results = client().post("/v1/rerank", json=body).json()["results"]
-    assert [r["index"] for r in results] == [1, 0]
-
-
-def test_gorse(client: Make) -> None:
-    """Gorse reads index and relevance_score of each result, and takes any other status than 200 as a failure."""
-    body = '{"model":"exitrec","query":"u1","top_n":2,"documents":["i2","i3"]}'
-    headers = {"content-type": "application/json", "authorization": "Bearer secret"}
-    answer = client(token="secret").post("/v1/rerank", content=body, headers=headers)
-    assert answer.status_code == 200
-    assert [(r["index"], r["relevance_score"]) for r in answer.json()["results"]] == [
-        (1, 0.3),
-        (0, 0.2),
-    ]
-
-
 def test_tei(client: Make) -> None:
     """Raw scores are logits: of .3 log(3/7)."""
     body = {
@@ -213,13 +189,6 @@ def test_gorses_feedback_means_what_its_type_means(client: Make) -> None:
     ]
 
 
-def test_values_of_items(client: Make) -> None:
-    """Floats, whole numbers and lists of the items file's kind are values."""
-    item = {"title": "New", "list_price": 4.5, "year": 1999, "genres": ["a", "b"]}
-    answer = client().post("/v1/rank", json={"user_id": "u1", "candidates": [item]})
-    assert answer.status_code == 200, answer.text
-
-
 def test_items_and_users(client: Make) -> None:
     make = client()
     assert make.put(
@@ -247,12 +216,6 @@ WRONG = [
     ),
     (
         "/v1/rank",
-        {"user_id": "u1", "candidates": ["i1"], "device": "cpu"},
-        422,
-        "unknown key 'device'",
-    ),
-    (
-        "/v1/rank",
         {"user_id": "u1", "candidates": ["i1"], "context": "phone"},
         422,
         "context",
@@ -264,10 +227,8 @@ WRONG = [
         ".0.list_price: ",
     ),
     ("/v1/rank", {"user_id": "u1", "candidates": ["i1", ""]}, 422, "candidates.1: "),
-    ("/v1/rank", {"user_id": "u1", "candidates": [{}]}, 422, "item_id or a title"),
     ("/v1/rank", {"user_id": "u1", "candidates": ["unknown"]}, 422, "no title"),
     ("/v1/rank", {"user_id": "u" * 300, "candidates": ["i1"]}, 422, "at most 256"),
-    ("/v1/rank", {"user_id": " ", "candidates": ["i1"]}, 422, "at least 1 character"),
     ("/v1/rank", {"user_id": "\0", "candidates": ["i1"]}, 422, "NUL"),
     (
         "/v1/rank",
@@ -293,12 +254,10 @@ WRONG = [
         422,
         "2 ids for 1",
     ),
-    ("/rerank", {"query": "u1"}, 422, "documents"),
     ("/rerank", {"query": "\ud800", "documents": ["a"]}, 422, "surrogate"),
     ("/rerank", {"query": "u1", "documents": [{"year": 1999}]}, 422, "item_id or a title"),
     ("/v1/events", [EVENT], 422, "neither rating nor label"),
     ("/v1/events", [EVENT | {"rating": float("inf")}], 422, "finite"),
-    ("/v1/events", [EVENT | {"label": 1, "timestamp": -5}], 422, "timestamp"),
     (
         "/v1/events",
         [EVENT | {"label": 1, "timestamp": time.time() + AHEAD + 3600}],
@@ -314,12 +273,6 @@ WRONG = [
         "did you mean device?",
     ),
     (
-        "/v1/events",
-        [EVENT | {"label": 1, "context": {"device": "x" * 10_000}}],
-        422,
-        "10,000 characters",
-    ),
-    (
         "/v1/items",
         [{"item_id": "i99", "title": "x", "yaer": "1999"}],
         422,
@@ -327,8 +280,6 @@ WRONG = [
     ),
     ("/v1/users", [{"user_id": "u", "aeg": 3}], 422, "did you mean age?"),
     ("/v1/users", [{"user_id": "u", "age": "old"}], 422, "user.age is 'old'"),
-    ("/v1/users", [{"user_id": "u", "age": "9" * 10_000}], 422, "10,000 characters"),
-    ("/v1/users", [{"user_id": "u", "x" * 3000: 3}], 413, "3,000 characters"),
     ("/api/feedback", [GORSE | {"FeedbackType": "share"}], 422, "'share'"),
     ("/v1/items", [{"item_id": "i99"}], 422, "0.title: Field required"),
 ]
