@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 import yaml  # type: ignore[import-untyped]  # as in project.run
 
-from project.config import open_run, with_presets
+from project.config import WARM_SHARE, open_run, warm_start, with_presets
 from project.data.logs import checked
 from project.data.protocol import apply_protocol, build_interactions, moment
 from project.data.tables import moments_of
@@ -74,8 +74,7 @@ def run_backtest(arguments: Sequence[str]) -> Path:
         for mode in given.modes if runs else ("cold",):
             over: dict[str, Any] = {"data": {"protocol": {"split": "date", "dates": dates}}}
             if mode == "warm":
-                over["model"] = {"initial": str(runs[mode])}
-                over["trainer"] = fewer_steps(config.get("trainer") or {}, given.warm_share)
+                over |= warm_start(config, runs[mode], given.warm_share)
             about = [sha256_of(source), raw.files]
             configs = "--config", source, "--config"
             file = written(folder / f"{number}-{mode}", over, about)
@@ -132,7 +131,10 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--until", help="where the last test ends; else with the log")
     parser.add_argument(
-        "--warm-share", type=float, default=0.25, help="of a cold run's optimizer steps"
+        "--warm-share",
+        type=float,
+        default=WARM_SHARE,
+        help="of a cold run's optimizer steps",
     )
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=MODES, help="how to refit"
@@ -166,17 +168,6 @@ def periods_of(
         )
     begins = range(end - periods * test, end, test)
     return [[moment(b - valid), moment(b), moment(b + test)] for b in begins]
-
-
-def fewer_steps(trainer: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """Limits of a fit with a share of the steps: fewer batches an epoch, so that validation still ends it."""
-    found: dict[str, Any] = {}
-    for key, default in (("limit_train_batches", 1.0), ("max_steps", -1)):
-        limit = trainer.get(key) or default
-        if limit > 0:
-            part = share * limit
-            found[key] = part if isinstance(limit, float) else ceil(part)
-    return found
 
 
 def written(place: Path, over: dict[str, Any], about: object) -> Path:

@@ -13,7 +13,8 @@ import pytest
 from world import call
 
 from project import backtest
-from project.backtest import fewer_steps, gaps, mean_of, periods_of, refit_every, written
+from project.backtest import gaps, mean_of, periods_of, refit_every, written
+from project.config import warm_start
 from project.errors import ConfigError
 from project.report.tables import render
 from project.run import read_checkpoint, read_result
@@ -39,11 +40,19 @@ def test_dates_of_periods() -> None:
             periods_of(0, 864_000, days, valid, periods)
 
 
-def test_steps_of_a_warm_refit() -> None:
-    """A share of an epoch stays one; numbers are rounded up; no limit of steps stays none."""
-    assert fewer_steps({}, 0.25) == {"limit_train_batches": 0.25}
-    limits = {"limit_train_batches": 10, "max_steps": 9}
-    assert fewer_steps(limits, 0.25) == {"limit_train_batches": 3, "max_steps": 3}
+def test_a_warm_refit_has_fewer_and_smaller_steps() -> None:
+    """A share of an epoch stays one; numbers are rounded up; no limit of steps stays none; a third of the rate."""
+    assert warm_start({}, Path("run")) == {
+        "model": {"initial": "run", "optim": {"learning_rate": pytest.approx(1e-4)}},
+        "trainer": {"limit_train_batches": 0.25},
+    }
+    config = {
+        "model": {"optim": {"learning_rate": 0.3}},
+        "trainer": {"limit_train_batches": 10, "max_steps": 9},
+    }
+    found = warm_start(config, Path("run"), 0.25)
+    assert found["trainer"] == {"limit_train_batches": 3, "max_steps": 3}
+    assert found["model"]["optim"] == {"learning_rate": pytest.approx(0.1)}
 
 
 def test_how_often_to_refit() -> None:

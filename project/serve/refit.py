@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from pathlib import Path
 import polars as pl
 import yaml  # type: ignore[import-untyped]  # as in project.run
 
-from project.config import open_run
+from project.config import open_run, warm_start
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
-from project.run import SEEN, label_rule, read_config, replace_file, write_json
+from project.run import SEEN, label_rule, read_config, read_yaml, replace_file, write_json
 from project.serve.store import Deleted, Event, EventStore, seen
 
 
@@ -28,25 +29,39 @@ def run_refit(arguments: Sequence[str]) -> Path:
         "--db", required=True, help="address of the store, such as sqlite:///events.db"
     )
     parser.add_argument(
-        "--warm", action="store_true", help="start from the run's weights (model.initial)"
+        "--warm",
+        action="store_true",
+        help="start from the run's weights, with a quarter of the steps",
     )
     given = parser.parse_args(arguments)
     run = given.run.resolve()
-    config, last = grown_log(run, EventStore(given.db), given.warm)
-    subprocess.run(
-        [sys.executable, "-m", "project", "fit", "--config", str(config)], check=True
-    )
+    config, last = grown_log(run, EventStore(given.db))
+    words = ["--config", str(config)]
+    if given.warm:
+        over = yaml.safe_dump(warm_start(read_yaml(config), run))
+        warm = replace_file(
+            config.with_name("warm.yaml"), lambda part: part.write_text(over)
+        )
+        words += ["--config", str(warm)]
+    subprocess.run([sys.executable, "-m", "project", "fit", *words], check=True)
     folder = (config.parent.parent / "latest").resolve()
-    write_json(folder / SEEN, {"seq": last, "label": label_rule(given.run)})
+    # the next refit reads this configuration: that of a warm run has fewer steps
+    seen = {"seq": last, "label": label_rule(given.run), "config": str(config)}
+    write_json(folder / SEEN, seen)
     print(f"written: {folder}")
     return folder
 
 
-def grown_log(run: Path, store: EventStore, warm: bool = False) -> tuple[Path, int]:
-    """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`.
+def cold_config(run: Path) -> Path:
+    """The configuration of a run's cold fit: its own, or of a refitted run, which may be warm, that beside its log."""
+    refitted = run / SEEN
+    if not refitted.exists():
+        return run / "config.yaml"
+    return Path(json.loads(refitted.read_text(encoding="utf-8"))["config"])
 
-    With `warm` the configuration starts from the run's weights.
-    """
+
+def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
+    """Write the log with its events as tables beside the run, and the configuration that reads them; and the `seq`."""
     _, data = open_run(run)
     if data.protocol.split == "given":
         raise ConfigError(
@@ -109,8 +124,8 @@ def grown_log(run: Path, store: EventStore, warm: bool = False) -> tuple[Path, i
     }
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
-    config = read_config(run)
-    if "trainer" not in config:
+    config = read_yaml(cold_config(run))
+    if "trainer" not in read_config(run):
         raise ConfigError(
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."
         )
@@ -121,8 +136,7 @@ def grown_log(run: Path, store: EventStore, warm: bool = False) -> tuple[Path, i
     }
     label = CLICKED if data.protocol.label == CLICKED else None
     config["data"]["protocol"] |= {"label": label, "drop_ratings": []}
-    # also of a run that was itself warm, another one's weights are no longer wanted
-    config["model"]["initial"] = str(run) if warm else None
+    config["model"]["initial"] = None  # another run's weights are no longer wanted
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": None}
     for logger in config["trainer"]["logger"]:
         if logger["class_path"].rpartition(".")[2] in ("CSVLogger", "RunLogger"):

@@ -11,6 +11,7 @@ import pytest
 from project.config import open_run
 from project.model.initial import read_initial
 from project.request import RankRequest
+from project.run import read_config, read_yaml
 from project.serve.ranker import Ranker
 from project.serve.refit import grown_log
 from project.serve.store import Event, EventStore
@@ -72,12 +73,18 @@ def test_a_refit_has_the_events(
         pl.read_parquet(config.parent / "interactions.parquet").height
         == new.rows.height + 1
     )
-    assert open_run(config.parent)[0].initial is None
-    warm, _ = grown_log(folder, store, warm=True)
-    made, data = open_run(warm.parent)
-    assert made.initial == str(folder)
+    made, data = open_run(config.parent)
     # the log grew, so its validation begins after the run's last train row
     read_initial(str(folder), made.exit_layers, made.backbone_name, data.split)
+    # a warm one, and what a refit of that reads: no fewer steps, nobody's weights
+    run("refit", "--run", folder, "--db", address, "--warm")
+    warm = (served_run.parent / "latest").resolve()
+    made = read_config(warm)
+    assert made["model"]["initial"] == str(folder)
+    assert made["trainer"]["limit_train_batches"] == 0.25
+    cold, _ = grown_log(warm, store)
+    assert open_run(cold.parent)[0].initial is None
+    assert read_yaml(cold)["trainer"] == read_config(folder)["trainer"]
     # what was deleted is left out
     store.delete("u2")
     store.delete(event_id="c")
