@@ -175,12 +175,16 @@ def read_config(run: Path) -> dict[str, Any]:
     return read_yaml(run / "config.yaml")
 
 
+def read_seen(run: Path) -> dict[str, Any]:
+    """What `refit` says of a run it made: `seq` up to which its log has the events, and more; empty of another run."""
+    # JSON is YAML
+    return read_yaml(run / SEEN) if (run / SEEN).exists() else {}
+
+
 def label_rule(run: Path) -> str | None:
     """The rule that makes ratings labels; of a refitted run, whose log has labels, that of the run it came from."""
-    if (run / SEEN).exists():
-        rule: str | None = json.loads((run / SEEN).read_text(encoding="utf-8"))["label"]
-    else:
-        rule = read_config(run)["data"]["protocol"].get("label")
+    found = read_seen(run) or read_config(run)["data"]["protocol"]
+    rule: str | None = found.get("label")
     return rule
 
 

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from project.arrays import F64
 from project.errors import ConfigError, DataError
-from project.exits.certificate import (
-    Certificate,
-    CertificateSettings,
-    certify,
-    not_tested,
-)
+from project.exits.certificate import Certificate, CertificateSettings, certify
 from project.exits.criteria import Criterion, fit_criteria, name
 from project.exits.plan import (
     ExitPlan,
@@ -234,10 +229,8 @@ def certificate_of(
         reason = "the plan is full depth"
     elif len(rows) and not layers.any():
         reason = "every row leaves at exit 0, so no layer runs"
-    untested = not_tested(rows["user"].n_unique(), promise, reason)
-    return untested or certify(
-        emitted, outputs.logits[:, -1], rows["label"], rows["user"], promise
-    )
+    full = outputs.logits[:, -1]
+    return certify(emitted, full, rows["label"], rows["user"], promise, reason)
 
 
 def _check_folds(scores: pl.DataFrame) -> None:

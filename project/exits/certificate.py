@@ -171,8 +171,9 @@ def certify(
     labels: ArrayLike,
     users: ArrayLike,
     settings: CertificateSettings,
+    reason: str | None = None,
 ) -> Certificate:
-    """Certify the AUC gap of a plan on the n rows of the `certify` fold.
+    """Certify the AUC gap of a plan on the n rows of the `certify` fold, unless there is a `reason` to test nothing.
 
     `emitted` (n,) are the calibrated logits that rows leave with, `full` (n,) those of the last head.
     """
@@ -183,9 +184,9 @@ def certify(
     owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
     n = np.unique(owners).size
     # the fold is not read
-    too_few = not_tested(n, settings)
-    if too_few is not None:
-        return too_few
+    untested = not_tested(n, settings, reason)
+    if untested is not None:
+        return untested
     truth = np.asarray(labels)
     if np.unique(truth).size < 2:
         raise DataError(

@@ -176,17 +176,18 @@ def certify_lists(
     all promises hold together.
     """
     promise = OverlapPromise(EPSILON, delta / max(len(lists.margins), 1))
-    certificate = not_tested(users, promise)
-    certify = score() if certificate is None else None
+    too_few = not_tested(users, promise)
+    if too_few is not None:
+        for row in lists.document["lengths"]:
+            row["certificate"] = too_few.to_dict()
+        return
+    certify = score()
     for row in lists.document["lengths"]:
-        if certify is not None:
-            k = row["k"]
-            exits = lists.top_k(k).exits(certify.request, certify.outputs)
-            keys = list_keys(certify.outputs, exits)
-            losses = user_means(1.0 - certify.overlaps(keys, k), certify.user)
-            certificate = certify_losses(losses, promise)
-        assert certificate is not None
-        row["certificate"] = certificate.to_dict()
+        k = row["k"]
+        exits = lists.top_k(k).exits(certify.request, certify.outputs)
+        keys = list_keys(certify.outputs, exits)
+        losses = user_means(1.0 - certify.overlaps(keys, k), certify.user)
+        row["certificate"] = certify_losses(losses, promise).to_dict()
 
 
 def lists_in_words(document: ListRows) -> list[str | None]:

@@ -46,8 +46,9 @@ from project.metrics import probabilities
 from project.request import Item, RankRequest, RecommendRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
+from project.run import read_seen
 from project.serve.drift import AnswerMonitor, Monitor, references
-from project.serve.store import Deleted, Event, EventStore, seen
+from project.serve.store import Deleted, Event, EventStore
 from project.serve.waiting import Waiting
 
 EXAMPLES = 12
@@ -100,7 +101,7 @@ class Ranker:
         # of users that were asked for, or have events
         self._histories: dict[int, History] = {}
         # of the store, up to which it was read, or is in the log
-        self.seq = seen(folder)
+        self.seq: int = read_seen(folder).get("seq", 0)
         self._rule = log.rule  # makes ratings labels
         self.waiting = Waiting()
         # 2. the model
@@ -319,15 +320,18 @@ class Ranker:
     def user(self, user_id: str) -> dict[str, Any]:
         """Whether the log or an event has a user, the history (the log's rows, then events), and attributes."""
         known = user_id in self._users
-        history = list[dict[str, Any]]()
-        for code, label, seconds in (
-            self._history(self._users[user_id]).rows if known else ()
-        ):
-            row = self._items.row(code, named=True)
-            named = {"item_id": row["item_id"], "title": row["title"]}
-            history.append(named | {"label": label, "time": seconds})
-        attributes = self._rates.shown(user_id)
-        return {"known": known, "history": history, "attributes": attributes}
+        rows = self._history(self._users[user_id]).rows if known else []
+        ids = self._items["item_id"]
+        titles = self._items["title"]
+        history = [
+            {"item_id": ids[code], "title": titles[code], "label": label, "time": seconds}
+            for code, label, seconds in rows
+        ]
+        return {
+            "known": known,
+            "history": history,
+            "attributes": self._rates.shown(user_id),
+        }
 
     def item(self, item_id: str) -> dict[str, Any] | None:
         """A known item: title and other columns, likes and rows as of now."""

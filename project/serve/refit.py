@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,16 @@ import yaml  # type: ignore[import-untyped]  # as in project.run
 from project.config import open_run, warm_start
 from project.data.protocol import CLICKED, answered
 from project.errors import ConfigError
-from project.run import SEEN, label_rule, read_config, read_yaml, replace_file, write_json
-from project.serve.store import Deleted, Event, EventStore, seen
+from project.run import (
+    SEEN,
+    label_rule,
+    read_config,
+    read_seen,
+    read_yaml,
+    replace_file,
+    write_json,
+)
+from project.serve.store import Deleted, Event, EventStore
 
 
 def run_refit(arguments: Sequence[str]) -> Path:
@@ -40,24 +47,19 @@ def run_refit(arguments: Sequence[str]) -> Path:
     if given.warm:
         over = yaml.safe_dump(warm_start(read_yaml(config), run))
         warm = replace_file(
-            config.with_name("warm.yaml"), lambda part: part.write_text(over)
+            config.with_name("warm.yaml"),
+            lambda part: part.write_text(over, encoding="utf-8"),
         )
         words += ["--config", str(warm)]
     subprocess.run([sys.executable, "-m", "project", "fit", *words], check=True)
     folder = (config.parent.parent / "latest").resolve()
     # the next refit reads this configuration: that of a warm run has fewer steps
-    seen = {"seq": last, "label": label_rule(given.run), "config": str(config)}
-    write_json(folder / SEEN, seen)
+    write_json(
+        folder / SEEN,
+        {"seq": last, "label": label_rule(given.run), "config": str(config)},
+    )
     print(f"written: {folder}")
     return folder
-
-
-def cold_config(run: Path) -> Path:
-    """The configuration of a run's cold fit: its own, or of a refitted run, which may be warm, that beside its log."""
-    refitted = run / SEEN
-    if not refitted.exists():
-        return run / "config.yaml"
-    return Path(json.loads(refitted.read_text(encoding="utf-8"))["config"])
 
 
 def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
@@ -80,7 +82,7 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
         )
     # 1. the log without what was deleted, and the events, by ids; of a row that stands twice
     # the later
-    last, arrived = store.arrivals(seen(run))
+    last, arrived = store.arrivals(read_seen(run).get("seq", 0))
     rows = data.split.rows.filter(answered(data.split.rows))
     old = rows.join(log.users, on="user").join(
         log.items.select("item", "item_id"), on="item"
@@ -124,11 +126,12 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     }
     replace_file(files["interactions"], interactions.write_parquet)
     replace_file(files["items"], items.write_parquet)
-    config = read_yaml(cold_config(run))
     if "trainer" not in read_config(run):
         raise ConfigError(
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."
         )
+    # of a refitted run, which may be warm, that of a cold fit
+    config = read_yaml(Path(read_seen(run).get("config", run / "config.yaml")))
     init_args = {name: str(file) for name, file in files.items()}
     config["data"]["logs"] = {
         "class_path": "project.data.logs.TableLogs",

@@ -11,22 +11,14 @@ import json
 import threading
 import time
 from collections.abc import Sequence, Set
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from project.errors import ConfigError
-from project.run import SEEN
 
 AHEAD = 60.0  # seconds that the clock of a client may be fast
 TOGETHER = 500  # ids in one look-up; databases limit the parameters of a statement
-
-
-def seen(run: Path) -> int:
-    """The `seq` up to which a run's log has a store's events."""
-    file = run / SEEN
-    return int(json.loads(file.read_text(encoding="utf-8"))["seq"]) if file.exists() else 0
 
 
 class Event(NamedTuple):
