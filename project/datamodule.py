@@ -54,6 +54,7 @@ from project.data.protocol import (
 from project.data.requests import (
     Requests,
     check_items,
+    check_streams,
     read_requests,
     request_streams,
     some_usable,
@@ -349,6 +350,7 @@ class InteractionData(L.LightningDataModule):
             encoder = self.encoder
             with self.clock.stage("tokenise"):
                 streams = build_streams(self.split.rows, retrieved, split, encoder)
+            check_streams(streams, self.context_tokens)
             self._streams[split] = streams
         return self._streams[split]
 

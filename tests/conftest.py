@@ -120,9 +120,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_the_session(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands in this process use it, and those that they start."""
-    monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
+def _cache_of_the_session(
+    request: pytest.FixtureRequest, session_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands in this process use it, and those that they start; real logs and models stay in the user's."""
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setenv("PROJECT_CACHE", str(session_cache))
 
 
 @pytest.fixture

@@ -30,13 +30,8 @@ def command(*arguments: object) -> list[str]:
 
 
 @pytest.fixture
-def environment(session_cache: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PROJECT_CACHE": str(session_cache),
-        "OMP_NUM_THREADS": "1",
-        "WANDB_MODE": "offline",
-    }
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 @pytest.fixture

@@ -99,11 +99,9 @@ def test_logs_to_prompt(tmp_path: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exits_of_a_run(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
+def test_exits_of_a_run(tmp_path: Path, fitted: Path) -> None:
     """Given a calibrated run with exits 1 and 3 it trains nothing, and both pictures are drawn."""
-    outputs = execute(
-        "02_exits.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted
-    )
+    outputs = execute("02_exits.ipynb", tmp_path, EXITREC_RUN=fitted)
     assert "training" not in printed(outputs)
     assert "exit  3: leave where confidence >= -inf" in printed(outputs)
     assert pictures(outputs) == 2
@@ -123,12 +121,11 @@ def test_exits_without_a_run(tmp_path: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_your_own_csv(tmp_path: Path, tiny_model: Path, session_cache: Path) -> None:
+def test_your_own_csv(tmp_path: Path, tiny_model: Path) -> None:
     """140 of the 600 rows are test and scored; the mistake is explained by its column; no terminal codes."""
     outputs = execute(
         "03_your_own_csv.ipynb",
         tmp_path,
-        PROJECT_CACHE=session_cache,
         EXITREC_MODEL=tiny_model,
     )
     text = printed(outputs)
@@ -139,11 +136,9 @@ def test_your_own_csv(tmp_path: Path, tiny_model: Path, session_cache: Path) -> 
 
 
 @pytest.mark.slow
-def test_serve(tmp_path: Path, session_cache: Path, fitted: Path) -> None:
+def test_serve(tmp_path: Path, fitted: Path) -> None:
     """It starts a server, which ends as asked, and an event changes scores."""
-    outputs = execute(
-        "04_serve.ipynb", tmp_path, PROJECT_CACHE=session_cache, EXITREC_RUN=fitted
-    )
+    outputs = execute("04_serve.ipynb", tmp_path, EXITREC_RUN=fitted)
     text = printed(outputs)
     assert "{'new': 1, 'conflict': []}" in text
     assert re.search(r"^[1-9]\d* of 12 scores changed$", text, re.M)

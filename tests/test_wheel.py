@@ -19,9 +19,7 @@ PARTS = ("pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.mark.slow
-def test_wheel(
-    tmp_path: Path, session_cache: Path, tiny_config: Callable[..., Path]
-) -> None:
+def test_wheel(tmp_path: Path, tiny_config: Callable[..., Path]) -> None:
     """The script `exitrec` shows a preset and fits with an overlay, both by name, from another folder."""
     # 1. a wheel of a copy, since building writes beside the sources
     source = tmp_path / "source"
@@ -53,8 +51,7 @@ def test_wheel(
         return subprocess.run(
             [sys.executable, installed / "bin" / "exitrec", *map(str, words)],
             cwd=here,
-            env=os.environ
-            | {"PYTHONPATH": str(installed), "PROJECT_CACHE": str(session_cache)},
+            env=os.environ | {"PYTHONPATH": str(installed)},
             capture_output=True,
             text=True,
         )

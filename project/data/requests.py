@@ -384,6 +384,19 @@ def check_items(encoder: PromptEncoder, items: pl.DataFrame, context_tokens: int
         )
 
 
+def check_streams(streams: Streams, context_tokens: int) -> None:
+    """Raise `ConfigError` if a segment as it is shown, or a list of similar users' likes, has no room in a window."""
+    segments = len(streams.row_id)
+    lengths = streams.tokens.lengths
+    instructions = np.repeat(lengths[segments:], np.diff(streams.offsets))
+    tokens = (lengths[:segments] + instructions).max()
+    if tokens > context_tokens:
+        raise ConfigError(
+            f"A segment or a list (data.prompt.similar) has {tokens:,} tokens, the instruction included, but "
+            f"data.context_tokens is {context_tokens:,}. {_SHORTEN}"
+        )
+
+
 def without_long(
     requests: Requests, encoder: PromptEncoder, context_tokens: int
 ) -> Requests:

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from transformers import AutoTokenizer
-from world import Letters, read_split, text_of
+from world import Letters, read_split, streams_without_retrieved, text_of
 
 from project.data.logs import TableLogs
 from project.data.prompt import (
@@ -34,7 +34,7 @@ from project.data.prompt import (
     with_segment,
 )
 from project.data.protocol import Protocol, SplitInteractions
-from project.data.requests import check_items
+from project.data.requests import check_items, check_streams
 from project.datamodule import InteractionData
 from project.errors import ConfigError
 from project.features import FEATURES, feature_matrix
@@ -264,6 +264,12 @@ def test_prompts_fit_or_are_named(split: SplitInteractions) -> None:
     words = rf"item '{item_id}' alone has {tokens} tokens .* data\.context_tokens is {tokens - 1} .*{{title:\.40}}"
     with pytest.raises(ConfigError, match=words):
         check_items(encoder, items, tokens - 1)
+    segment = "{title} {vote_percent}{vote_percent}:"
+    streams = streams_without_retrieved(split, "test", segment)
+    tokens = int(streams.tokens.lengths.max()) + len("I\n")
+    check_streams(streams, tokens)
+    with pytest.raises(ConfigError, match=rf"has {tokens} tokens.*{{title:\.40}}"):
+        check_streams(streams, tokens - 1)
 
 
 def test_the_datamodule_asks_before_it_retrieves(

@@ -7,7 +7,6 @@ moves scores far more than rounding does.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,7 +194,7 @@ def test_bad_requests_have_rows_of_their_own(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:request .* is not scored")
 def test_ray_actors_score_as_one_process(
-    fitted: Path, requests_file: Path, run: Callable[..., None], session_cache: Path
+    fitted: Path, requests_file: Path, run: Callable[..., None]
 ) -> None:
     """Rows of `--engine early_exit`, to 1e-4 since batches differ; a part that is missing is made again, alone."""
     pytest.importorskip("ray", reason="--engine ray needs the extra `ray`")
@@ -222,13 +221,10 @@ def test_ray_actors_score_as_one_process(
         "--trainer.devices",
         "2",
     ]
-    environment = os.environ | {"PROJECT_CACHE": str(session_cache)}
     folder = fitted / "scores" / "predict-ray"
     written = list[dict[Path, int]]()
     for _ in range(2):
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=900
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         written.append({file: file.stat().st_mtime_ns for file in folder.iterdir()})
         found = pl.concat(map(pl.read_parquet, written[-1])).sort(keys)

@@ -26,7 +26,7 @@ EVENTS = [
 
 
 def test_a_refit_has_the_events(
-    served_run: Path, session_cache: Path, run: Callable[..., None], tmp_path: Path
+    served_run: Path, run: Callable[..., None], tmp_path: Path
 ) -> None:
     """Log and events are the new log; what came later is observed by a server of the new run."""
     address = f"sqlite:///{tmp_path}/events.db"

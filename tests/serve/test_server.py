@@ -131,7 +131,7 @@ def test_sigterm_finishes_what_is_in_flight(
 
 
 def test_a_real_run_logs_json_alone(
-    served_run: Path, session_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    served_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Libraries' lines, warnings and progress while it loads are JSON, too, or silent."""
     with serving(tmp_path, run=served_run):
