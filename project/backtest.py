@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import yaml  # type: ignore[import-untyped]  # as in project.run
 
 from project.config import WARM_SHARE, open_run, warm_start, with_presets
 from project.data.logs import checked
 from project.data.protocol import apply_protocol, build_interactions, moment
-from project.data.tables import moments_of
 from project.errors import ConfigError
 from project.evaluation.bootstrap import UserBootstrap
 from project.report.plots import backtest_figure, png
@@ -46,7 +44,7 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     source = Path(with_presets([given.config])[0])
     config = read_yaml(source)
     folder = Path("runs") / f"backtest-{source.stem}"
-    # 1. periods, and whether each can be split, before the first run
+    # 1. periods
     replace_file(folder / "config.yaml", lambda part: part.write_bytes(source.read_bytes()))
     data = open_run(folder)[1]
     raw = data.logs.read()
@@ -54,27 +52,21 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     if times.null_count() or times.is_empty():
         raise ConfigError("A backtest needs the time of every row; the log has none.")
     end = floor(times.max()) + 1
-    if given.until is not None:
-        known = moments_of(pl.Series([given.until]))
-        end = floor(known.get(given.until, times.min()))
-    valid_days = given.days if given.valid_days is None else given.valid_days
-    periods = periods_of(times.min(), end, given.days, valid_days, given.periods)
+    periods = periods_of(times.min(), end, given.days, given.periods)
     if data.protocol.split != "date":
         print(f"data.protocol.split is {data.protocol.split}; here it is date.")
-    targets = list[pl.DataFrame]()
-    for dates in periods:
-        protocol = replace(data.protocol, split="date", dates=dates)
-        rows = apply_protocol(build_interactions(raw, protocol), protocol).rows
-        targets.append(rows.filter(split="test", role="target"))
     # 2. runs; the first period's is that of all modes
     runs: dict[str, Path] = {}
     found = list[Period]()
-    for number, (dates, test) in enumerate(zip(periods, targets, strict=True), start=1):
+    for number, dates in enumerate(periods, start=1):
+        protocol = replace(data.protocol, split="date", dates=dates)
+        rows = apply_protocol(build_interactions(raw, protocol), protocol).rows
+        test = rows.filter(split="test", role="target")
         modes: dict[str, Refitted] = {}
-        for mode in given.modes if runs else ("cold",):
+        for mode in MODES if runs else ("cold",):
             over: dict[str, Any] = {"data": {"protocol": {"split": "date", "dates": dates}}}
             if mode == "warm":
-                over |= warm_start(config, runs[mode], given.warm_share)
+                over |= warm_start(config, runs[mode])
             about = [sha256_of(source), raw.files]
             configs = "--config", source, "--config"
             file = written(folder / f"{number}-{mode}", over, about)
@@ -85,7 +77,7 @@ def run_backtest(arguments: Sequence[str]) -> Path:
             modes[mode] = refitted(scored, minutes)
         if number == 1:
             runs = dict.fromkeys(MODES, runs["cold"])
-            modes = dict.fromkeys(given.modes, modes["cold"])
+            modes = dict.fromkeys(MODES, modes["cold"])
         best = scored["best_baseline"]
         aucs = {row["name"]: row["auc"] for row in scored["baselines"]}
         found.append(
@@ -104,8 +96,8 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     result: BacktestResult = {
         **result_head("backtest", scored["protocol"], str(source), scored["seed"]),
         "days": given.days,
-        "valid_days": valid_days,
-        "warm_share": given.warm_share,
+        "valid_days": given.days,
+        "warm_share": WARM_SHARE,
         "periods": found,
         "minus": {mode: mean_of(gaps(found, mode)) for mode in MODES[1:]},
         "refit_every": every,
@@ -126,48 +118,28 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file or preset, as of fit")
     parser.add_argument("--days", type=float, default=7.0, help="days of a period's test")
     parser.add_argument("--periods", type=int, default=8, help="how many, one each --days")
-    parser.add_argument(
-        "--valid-days", type=float, help="days of validation before a test; as --days"
-    )
-    parser.add_argument("--until", help="where the last test ends; else with the log")
-    parser.add_argument(
-        "--warm-share",
-        type=float,
-        default=WARM_SHARE,
-        help="of a cold run's optimizer steps",
-    )
-    parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=MODES, help="how to refit"
-    )
-    given = parser.parse_args(arguments)
-    if not 0 < given.warm_share <= 1:
-        raise ConfigError(
-            f"--warm-share is {given.warm_share:g}; expected a share above 0 and at most 1."
-        )
-    return given
+    return parser.parse_args(arguments)
 
 
-def periods_of(
-    first: float, end: int, days: float, valid_days: float, periods: int
-) -> list[list[str]]:
-    """The data.protocol.dates of each period; the last test ends at second `end`, the log begins at `first`."""
-    test = round(DAY * days)
-    valid = round(DAY * valid_days)
-    if min(test, valid) < 1 or periods < 2:
+def periods_of(first: float, end: int, days: float, periods: int) -> list[list[str]]:
+    """The data.protocol.dates of each period, validation as long as its test.
+
+    The last test ends at second `end`, the log begins at `first`.
+    """
+    length = round(DAY * days)
+    if length < 1 or periods < 2:
         raise ConfigError(
-            f"--days is {days:g}, --valid-days {valid_days:g}, --periods {periods}; expected days above 0, and 2 "
-            "periods or more."
+            f"--days is {days:g}, --periods {periods}; expected days above 0, and 2 periods or more."
         )
     # each has train rows before its validation
-    room = ceil((end - valid - first) / test) - 1
+    room = ceil((end - first) / length) - 2
     if periods > room:
         raise ConfigError(
             f"--periods is {periods}, but between {moment(first)} and {moment(end)} (UTC) are {max(room, 0)} of "
-            f"{days:g} days with train rows and {valid_days:g} days of validation before them. Give fewer, or shorter "
-            "ones; --until is an ISO date inside the log."
+            f"{days:g} days with train rows and as many days of validation before them. Give fewer, or shorter ones."
         )
-    begins = range(end - periods * test, end, test)
-    return [[moment(b - valid), moment(b), moment(b + test)] for b in begins]
+    begins = range(end - periods * length, end, length)
+    return [[moment(b - length), moment(b), moment(b + length)] for b in begins]
 
 
 def written(place: Path, over: dict[str, Any], about: object) -> Path:

@@ -67,7 +67,7 @@ from project.run import (
     write_table,
 )
 from project.run_folder import current_run, point_latest, run_folder
-from project.tracking import log_checkpoints, log_config, log_report, log_result
+from project.tracking import log_config, log_report, log_result
 
 if TYPE_CHECKING:
     from project.data.batch import Batch
@@ -351,11 +351,6 @@ class ResultFiles(L.Callback):
         )
         if self._scores is not None:
             self._report(trainer, pl_module, self._scores, "fit", "valid")
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send the checkpoints to W&B: all other callbacks are done with training."""
-        log_checkpoints(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of validation or test."""

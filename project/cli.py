@@ -10,9 +10,8 @@ import tempfile
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as L
 from jsonargparse import dict_to_namespace
@@ -41,58 +40,6 @@ LARGEST_SEED = 2**32 - 1  # numpy's
 RUN_LOGGER = f"{RunLogger.__module__}.{RunLogger.__name__}"
 
 
-class SectionHelp(LightningArgumentParser):
-    """`fit --help` names the sections of the configuration, `fit --help data` shows one, `fit --help all` shows all."""
-
-    # the word behind --help; the parser of a command is not handed it
-    topic: ClassVar[str] = ""
-
-    def format_help(self, formatter: Any = None) -> str:
-        """Lightning's, cut to the section that --help names."""
-        # the parser of all commands has no sections
-        if not self.callback_keys or self.topic == "all":
-            return str(super().format_help(formatter))
-        # 1. a section is what stands before the first dot; its title is that of its group
-        sections: dict[str, str] = {}
-        for group in self._action_groups:
-            for action in group._group_actions:
-                name, dot, _ = action.dest.partition(".")
-                if dot:
-                    sections.setdefault(name, str(group.title))
-        if self.topic and self.topic not in sections:
-            near = did_you_mean(self.topic, [*sections])
-            raise ConfigError(
-                f"--help {self.topic}{near}: expected one of {', '.join(sections)}, all."
-            )
-        # 2. groups with the actions of the topic, or with those of no section
-        whole = self._action_groups
-        self._action_groups = []
-        for group in whole:
-            part = copy(group)
-            part._group_actions = [
-                action
-                for action in group._group_actions
-                if (
-                    action.dest.startswith(f"{self.topic}.")
-                    if self.topic
-                    else action.dest.partition(".")[0] not in sections
-                )
-            ]
-            self._action_groups.append(part)
-        self.usage = f"{self.prog} --config FILE [--key value]"
-        try:
-            text = str(super().format_help(formatter))
-        finally:
-            self._action_groups = whole
-        if self.topic:
-            return text
-        named = [
-            f"  {name:12}{title.split(':')[0].split('. ')[0]}"
-            for name, title in sections.items()
-        ]
-        return "\n".join([text, "sections, each with --help SECTION (or all):", *named, ""])
-
-
 class ProjectCLI(LightningCLI):
     """`python -m project COMMAND --config FILE [--config OVERLAY] [--key value]`.
 
@@ -108,7 +55,6 @@ class ProjectCLI(LightningCLI):
             ExitRecommender,
             InteractionData,
             trainer_class=ProjectTrainer,
-            parser_class=SectionHelp,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
@@ -153,15 +99,8 @@ class ProjectCLI(LightningCLI):
         for name, value in zip(given, following, strict=True):
             if name in ("--config", "-c") or name.startswith("--config="):
                 read_yaml(Path(name.partition("=")[2] or value))
-        # 2. the word behind --help
-        asked = (
-            value
-            for name, value in zip(given, following, strict=True)
-            if name in ("-h", "--help")
-        )
-        SectionHelp.topic = next((word for word in asked if not word.startswith("-")), "")
         try:
-            # 3. parse; jsonargparse's errors become one line of ours
+            # 2. parse; jsonargparse's errors become one line of ours
             self.config = parser.parse_args(given)
         except ArgumentError as error:
             command = next(
@@ -174,7 +113,7 @@ class ProjectCLI(LightningCLI):
             if not MISSING.search(str(error)):
                 raise
             raise one_line(str(error), []) from None
-        # 4. numpy takes no other seeds, and would only say so in training
+        # 3. numpy takes no other seeds, and would only say so in training
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= LARGEST_SEED:
             raise ConfigError(f"seed_everything is {seed}; expected 0 to {LARGEST_SEED}.")

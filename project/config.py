@@ -67,10 +67,8 @@ def with_presets(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def warm_start(
-    config: Mapping[str, Any], run: Path, share: float = WARM_SHARE
-) -> dict[str, Any]:
-    """What a fit from a run's weights has over its configuration: a share of the steps, at a lower rate.
+def warm_start(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """What a fit from a run's weights has over its configuration: WARM_SHARE of the steps, at a lower rate.
 
     Each epoch has fewer batches, so that validation still ends the fit.
     """
@@ -79,7 +77,7 @@ def warm_start(
     for key, default in (("limit_train_batches", 1.0), ("max_steps", -1)):
         limit = trainer.get(key) or default
         if limit > 0:
-            part = share * limit
+            part = WARM_SHARE * limit
             limits[key] = part if isinstance(limit, float) else ceil(part)
     optim = (config.get("model") or {}).get("optim") or {}
     rate = WARM_RATE * optim.get("learning_rate", OptimSettings.learning_rate)

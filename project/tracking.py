@@ -10,12 +10,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from project.results import ScoredResult
-from project.run import read_checkpoint
 from project.run_folder import run_folder
 
 CLOUD = "https://api.wandb.ai"
@@ -28,7 +26,7 @@ class Tracking(WandbLogger):
         project: Name of the project there.
         save_dir: Folder in which W&B makes its own folder `wandb`.
         offline: Whether to stay offline; default: where no key is known and WANDB_MODE does not say otherwise.
-        checkpoints: Whether to send the checkpoints of a fit.
+        log_model: Whether to send the best and the latest checkpoint of a fit; a run without a key sends none.
         **kwargs: As for Lightning's WandbLogger.
     """
 
@@ -37,7 +35,7 @@ class Tracking(WandbLogger):
         project: str,
         save_dir: str = "runs",
         offline: bool | None = None,
-        checkpoints: bool = True,
+        log_model: bool = True,
         **kwargs: Any,
     ) -> None:
         if offline is None:
@@ -46,8 +44,14 @@ class Tracking(WandbLogger):
                 rank_zero_info(
                     "W&B: no key is known, so this run is offline; `wandb sync` uploads it later"
                 )
-        super().__init__(project=project, save_dir=save_dir, offline=offline, **kwargs)
-        self.checkpoints = checkpoints
+        super().__init__(
+            project=project,
+            save_dir=save_dir,
+            offline=offline,
+            # Lightning sends no checkpoints of an offline run
+            log_model=log_model and not offline,
+            **kwargs,
+        )
 
 
 def key_is_known() -> bool:
@@ -119,27 +123,6 @@ def log_report(trainer: L.Trainer, run: Path, command: str) -> None:
             if picture.suffix == ".png":
                 logger.log_image(f"report/{picture.stem}", [str(picture)])
         _log_artifact(logger, "report", files, [command, "latest"])
-
-
-def log_checkpoints(trainer: L.Trainer) -> None:
-    """Send a fit's best and latest checkpoint as artifacts; one file under both names where they are of one step."""
-    loggers = [x for x in wandb_loggers(trainer) if getattr(x, "checkpoints", True)]
-    saver = trainer.checkpoint_callback
-    if not loggers or not isinstance(saver, ModelCheckpoint):
-        return
-    # without `save_last` the best is all there is
-    best = saver.best_model_path or saver.last_model_path
-    last = saver.last_model_path or best
-    for logger in loggers if last else ():
-        same = _step(best) == _step(last)
-        if not same:
-            _log_artifact(logger, "model", {"model.ckpt": Path(best)}, ["best"])
-        aliases = ["best", "latest"] if same else ["latest"]
-        _log_artifact(logger, "model", {"model.ckpt": Path(last)}, aliases)
-
-
-def _step(checkpoint: str) -> int:
-    return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
 
 
 def _log_artifact(

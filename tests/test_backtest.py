@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from world import call
 
-from project import backtest
+from project import backtest, config
 from project.backtest import gaps, mean_of, periods_of, refit_every, written
 from project.config import warm_start
 from project.errors import ConfigError
@@ -23,21 +23,20 @@ SECOND = 1 / 86_400
 
 
 def test_dates_of_periods() -> None:
-    """The last of three periods of a day ends at second 864,000, the 11th of January; two days validate each."""
-    assert periods_of(0, 864_000, 1, 2, 3) == [
-        [f"1970-01-{day:02}T00:00:00" for day in (first, first + 2, first + 3)]
-        for first in (6, 7, 8)
+    """The last of three periods of a day ends at second 864,000, the 11th of January; a day validates each."""
+    assert periods_of(0, 864_000, 1, 3) == [
+        [f"1970-01-{day:02}T00:00:00" for day in (first, first + 1, first + 2)]
+        for first in (7, 8, 9)
     ]
-    # train before the first validation: 10 days, less 2, make 7 with train rows before them
-    assert len(periods_of(0, 864_000, 1, 2, 7)) == 7
-    for days, valid, periods, words in (
-        (1, 2, 8, "--periods is 8, but between 1970-01-01T00:00:00 and .* are 7 of 1 days"),
-        (0, 1, 3, "--days is 0"),
-        (-1, 1, 3, "--days is -1"),
-        (1, 1, 1, "--periods 1; expected .* 2 periods"),
+    # train before the first validation: 10 days, less 1, make 8 with train rows before them
+    assert len(periods_of(0, 864_000, 1, 8)) == 8
+    for days, periods, words in (
+        (1, 9, "--periods is 9, but between 1970-01-01T00:00:00 and .* are 8 of 1 days"),
+        (-1, 3, "--days is -1"),
+        (1, 1, "--periods 1; expected .* 2 periods"),
     ):
         with pytest.raises(ConfigError, match=words):
-            periods_of(0, 864_000, days, valid, periods)
+            periods_of(0, 864_000, days, periods)
 
 
 def test_a_warm_refit_has_fewer_and_smaller_steps() -> None:
@@ -50,7 +49,7 @@ def test_a_warm_refit_has_fewer_and_smaller_steps() -> None:
         "model": {"optim": {"learning_rate": 0.3}},
         "trainer": {"limit_train_batches": 10, "max_steps": 9},
     }
-    found = warm_start(config, Path("run"), 0.25)
+    found = warm_start(config, Path("run"))
     assert found["trainer"] == {"limit_train_batches": 3, "max_steps": 3}
     assert found["model"]["optim"] == {"learning_rate": pytest.approx(0.1)}
 
@@ -94,11 +93,7 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backtest, "call", None)
     config = tiny_config()
-    assert "--warm-share is 2" in fails("backtest", "--config", config, "--warm-share", 2)
     assert "are 0 of 7 days" in fails("backtest", "--config", config)
-    assert "--until is an ISO date" in fails(
-        "backtest", "--config", config, "--until", "May"
-    )
     undated = tmp_path / "undated.csv"
     pl.read_csv(tiny_logs / "interactions.csv").unique(["user_id", "item_id"]).drop(
         "timestamp"
@@ -128,9 +123,9 @@ def test_two_periods(
 
     monkeypatch.setattr(backtest, "call", killed)
     start = partial(
-        run, "backtest", "--config", tiny_config(), "--periods", 2, "--warm-share", 0.5,
-        "--days", 40 * SECOND, "--valid-days", 60 * SECOND,
-    )  # fmt: skip
+        run, "backtest", "--config", tiny_config(), "--periods", 2, "--days", 50 * SECOND
+    )
+    monkeypatch.setattr(config, "WARM_SHARE", 0.5)
     with pytest.raises(KeyboardInterrupt):
         start()
     assert "data.protocol.split is global_time" in capsys.readouterr().out

@@ -157,7 +157,6 @@ def test_a_missing_file_and_an_unknown_command(line_of: Line) -> None:
     said = line_of("fit", "--config=exitrec:quikstart")
     assert "(did you mean quickstart?)" in said
     assert "overlays/bf16" in said
-    assert "did you mean data?" in line_of("fit", "--help", "dat")
     with pytest.raises(ConfigError, match=r"did you mean table\?"):
         check_command(["tabel"], ["fit", "test", "table"])
     check_command(["--config", "a.yaml", "fit"], ["fit"])

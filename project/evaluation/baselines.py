@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -37,19 +37,27 @@ SINGLE_FEATURE = {
 }
 
 
-def platt(logits: F64, labels: NDArray[Any]) -> tuple[float, float] | None:
-    """Slope, at least .001, and offset (Platt 1999) by maximum likelihood on logits and labels (n,).
+class Platt(NamedTuple):
+    """Platt's calibration (1999): slope * logit + offset."""
 
-    None where a class is missing.
-    """
+    slope: float
+    offset: float
+
+    def apply(self, logits: F64) -> F64:
+        """Calibrated logits."""
+        return self.slope * logits + self.offset
+
+
+def platt(logits: F64, labels: NDArray[Any]) -> Platt | None:
+    """By maximum likelihood on logits and labels (n,), the slope at least .001; None where a class is missing."""
     share = float(np.mean(labels)) if len(labels) else 0.0
     if not 0 < share < 1:
         return None
     if np.ptp(logits) == 0:  # equal logits determine an offset, not a slope
-        return 1.0, float(np.log(share) - np.log(1 - share) - logits[0])
+        return Platt(1.0, float(np.log(share) - np.log(1 - share) - logits[0]))
     found = fit_calibration(torch.from_numpy(logits)[:, None], labels, (0,), exit_0=False)
     slope, _, offset = found.values[0].tolist()
-    return slope, offset
+    return Platt(slope, offset)
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,7 @@ def _own_logits(rows: pl.DataFrame, splits: Sequence[str]) -> dict[str, F64]:
     standard = {split: (values - mean) / spread for split, values in scores.items()}
     calibration = platt(standard["train"], train_labels(rows))
     assert calibration is not None  # both labels are among train's
-    slope, offset = calibration
-    return {split: slope * standard[split] + offset for split in splits}
+    return {split: calibration.apply(standard[split]) for split in splits}
 
 
 def known_categories(table: pl.DataFrame, kinds: Mapping[str, str]) -> dict[str, F64]:
@@ -252,8 +259,7 @@ def baseline_rows(
                 "chosen": baseline.chosen,
             }
             if calibration is not None and fold != "select":
-                slope, offset = calibration
-                chance = probabilities(slope * logits + offset)
+                chance = probabilities(calibration.apply(logits))
                 row["calibrated"] = {
                     "log_loss": log_loss(chance, labels),
                     "brier": brier(chance, labels),

@@ -171,21 +171,19 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
     rows = len(outputs.logits)
     for head, layer in enumerate(outputs.layers[:-1]):
         confidence: object = criterion.confidence(outputs.until(head))
+        undefined = outputs.logits[:, : head + 1].isnan().any(dim=1)
         # a class of the user's own may return anything, and a row whose confidence is NaN
         # would never leave
-        if not isinstance(confidence, Tensor):
-            found = f"a {type(confidence).__name__}"
-        elif confidence.shape != (rows,):
-            found = f"a tensor {tuple(confidence.shape)}"
-        elif (confidence.isnan() & ~outputs.logits[:, : head + 1].isnan().any(dim=1)).any():
-            found = "NaN where the logits are numbers"
-        else:
-            columns.append(confidence)
-            continue
-        raise ConfigError(
-            f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {found} at the exit "
-            f"at layer {layer}; expected a torch tensor of shape (rows,), here {rows} rows."
-        )
+        if (
+            not isinstance(confidence, Tensor)
+            or confidence.shape != (rows,)
+            or (confidence.isnan() & ~undefined).any()
+        ):
+            raise ConfigError(
+                f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {confidence!r} "
+                f"at the exit at layer {layer}; expected a torch tensor of shape (rows,) without NaN, {rows} here."
+            )
+        columns.append(confidence)
     return torch.stack([*columns, torch.full_like(outputs.logits[:, -1], torch.inf)], dim=1)
 
 

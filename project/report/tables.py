@@ -208,14 +208,10 @@ def print_tables(arguments: list[str]) -> None:
         replace_file(document, lambda part: part.write_text(text, encoding="utf-8"))
         return
     names = [a for a in arguments if not a.startswith("--")]
-    if unknown := set(arguments) - {*names, "--stages", "--beside"}:
+    if not names or set(arguments) - {*names, "--stages", "--beside"}:
         raise ConfigError(
-            f"table knows --stages, --beside and --into; found {' '.join(sorted(unknown))}."
-        )
-    if not names:
-        raise ConfigError(
-            "table needs result files, such as runs/quickstart/latest/results/test.json, or --into and a document; "
-            "found none."
+            "table needs result files, such as runs/quickstart/latest/results/test.json, with --stages or --beside, "
+            f"or --into and a document; found {' '.join(arguments) or 'none'}."
         )
     if "--beside" in arguments:
         print(render_beside({name: read_result(Path(name)) for name in names}))
