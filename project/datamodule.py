@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from project.arrays import F32, F64
 from project.cache import default_cache, restore
 from project.data.batch import (
-    Batch,
     EvaluationSampler,
     PackedLoader,
     StageClock,
@@ -226,8 +225,7 @@ class InteractionData(L.LightningDataModule):
 
     def targets(self, split: str) -> pl.DataFrame:
         """The rows of a split that are scored."""
-        rows = self.split.rows
-        return rows.filter((pl.col("role") == "target") & (pl.col("split") == split))
+        return self.split.rows.filter(role="target", split=split)
 
     def retrieved_of(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Retrieved features of rows of one split, in their order, as that split reads it."""
@@ -292,7 +290,7 @@ class InteractionData(L.LightningDataModule):
                 return None
             return RatingScale(**json.loads(file.read_text(encoding="utf-8")))
         segment = self.prompt.segment
-        rows = self.split.rows.filter(pl.col("split") == "train", answered(self.split.rows))
+        rows = self.split.rows.filter(answered(self.split.rows), split="train")
         ratings = rows["rating"].filter(rows["rating"].is_finite())
         if ratings.n_unique() <= 2 or not (shows_numbers(segment) or shows_items(segment)):
             return None
@@ -406,14 +404,7 @@ class InteractionData(L.LightningDataModule):
             if self.retriever.similar_every:  # lists are of rows of the log
                 table = table.with_columns(similar_after=pl.lit(None, pl.List(pl.Int32)))
         else:
-            table = self.features.of_requests(
-                user=rows["user"].to_numpy(),
-                item=rows["item"].to_numpy(),
-                timestamp=rows["timestamp"].to_numpy(),
-                label=rows["label"].to_numpy(),
-                own=own,
-                catalogue=catalogue,
-            )
+            table = self.features.of_requests(rows, catalogue)
         of_request = [self.rates.values(r) for r in self.requests.requests]
         values = {}
         for name in self.rates.columns:
@@ -471,28 +462,20 @@ class InteractionData(L.LightningDataModule):
         """Every candidate of every request once."""
         return self._evaluation("predict")
 
-    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:  # type: ignore[no-untyped-def]
-        """Move a batch; tokens and layout go together."""
-        return batch.to(device)
-
 
 def _check_shown(
     prompt: Prompt, retriever: Retriever, mf: MatrixFactorisation | None
 ) -> None:
     """Refuse a prompt that shows a retrieved feature which nothing in this run computes."""
-    problems: dict[str, str] = {}  # by column of the retrieved features
-    if mf is None:
-        problems["mf"] = (
-            "data.mf is null: expected a factorisation behind it, for example data.mf: {dim: 8}"
-        )
     # a retriever that cannot compare items shows "not known" instead, as NoRetriever does
     # of votes
-    if isinstance(retriever, VectorRetriever) and retriever.item_neighbours == 0:
-        problems["item_similarity"] = (
-            "the item_neighbours of data.retriever is 0: expected for example 30"
-        )
-    for column, problem in problems.items():
-        if (field := field_showing(prompt, column)) is not None:
+    compares = not isinstance(retriever, VectorRetriever) or retriever.item_neighbours > 0
+    for column, computed, problem in (
+        ("mf", mf is not None, "data.mf is null: expected for example {dim: 8}"),
+        ("item_similarity", compares, "the retriever's item_neighbours is 0: expected 30"),
+    ):
+        field = field_showing(prompt, column)
+        if field is not None and not computed:
             raise ConfigError(
                 f"data.prompt.segment {prompt.segment!r} shows {field}, but {problem}; or leave the field out. "
                 "A column of your items needs another name than a retrieved feature's (TableLogs: item_columns)."

@@ -268,13 +268,13 @@ def own_baselines(
     code_of_item = dict(log.items.select("item_id", "item").iter_rows())
     shape = np.shape(candidates)
     user = np.repeat([code_of_user[name] for name in users], shape[1])
-    features = data.features.of_requests(
-        user=user,
-        item=np.array([code_of_item[name] for listed in candidates for name in listed]),
-        timestamp=np.full(user.size, data.split.latest),
-        label=np.full(user.size, -1),
-        own=np.zeros(user.size, np.bool_),
-    )
+    asked = pl.DataFrame(
+        {
+            "user": user,
+            "item": [code_of_item[name] for listed in candidates for name in listed],
+        }
+    ).with_columns(timestamp=data.split.latest, label=-1, candidate=True)
+    features = data.features.of_requests(asked)
     found = fit_baselines(data.split.rows, data.retrieved, ("valid",), further=features)
     return {
         b.name: b.further.reshape(shape)

@@ -123,18 +123,16 @@ def retrieved(
     return walk(flagged, retriever, items_table(), cuts, snapshots.fitted)
 
 
-def request(rows: pl.DataFrame, own: bool = True) -> tuple[Array, ...]:
-    """Log rows as a request's: user, item, timestamp, label, own; candidates where `own` is false."""
-    user, item, time, label = (
-        rows[name].to_numpy() for name in ("user", "item", "timestamp", "label")
-    )
-    return (
-        user,
-        item,
-        time,
-        label if own else np.full(rows.height, -1),
-        np.full(rows.height, own),
-    )
+def columns(rows: pl.DataFrame) -> tuple[Array, ...]:
+    """Users, items, timestamps and labels of rows."""
+    names = ("user", "item", "timestamp", "label")
+    return tuple(rows[name].to_numpy() for name in names)
+
+
+def request(rows: pl.DataFrame, own: bool = True) -> pl.DataFrame:
+    """Log rows as a request's: the user's own past, or candidates."""
+    label = pl.col("label") if own else pl.lit(-1, pl.Int8)
+    return rows.with_columns(label=label, candidate=not own)
 
 
 def likes_before(rows: pl.DataFrame, time: float) -> Array | None:
@@ -142,7 +140,7 @@ def likes_before(rows: pl.DataFrame, time: float) -> Array | None:
     starts = CUTS[time >= CUTS]
     if not starts.size:
         return None
-    user, item, when, label, _ = request(rows)
+    user, item, when, label = columns(rows)
     likes = np.zeros((NUM_USERS, NUM_ITEMS))
     np.add.at(likes, (user, item), (when < starts[-1]) & (label == 1))
     return likes
@@ -151,7 +149,7 @@ def likes_before(rows: pl.DataFrame, time: float) -> Array | None:
 def user_vectors(past: pl.DataFrame, likes: Array) -> Array:
     """What CoLikes makes of users with these past rows, a row a user, of length 1 or 0."""
     weighted = likes.T @ likes / np.sqrt(np.maximum(likes.sum(0), 1))[:, None]
-    user, item, _, label, _ = request(past)
+    user, item, _, label = columns(past)
     vectors = np.zeros((NUM_USERS, NUM_ITEMS))
     np.add.at(vectors, user, np.where(label == 1, 1, -0.5)[:, None] * weighted[item])
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)[:, None]

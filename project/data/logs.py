@@ -195,9 +195,9 @@ class RecBoleLogs(TableLogs):
         super().__init__(f"{path}.inter", f"{path}.item", users=attributes, **kwargs)
 
 
-def _movielens(key: str, genres: str, users: bool = False) -> RawLogs:
+def _movielens(key: str, genres: str, **options: Any) -> RawLogs:
     names = {"title": "movie_title", "year": "release_year", "genres": genres}
-    raw = RecBoleLogs(str(fetch(key)), key, item_columns=names, users=users).read()
+    raw = RecBoleLogs(str(fetch(key)), key, item_columns=names, **options).read()
     del raw.files[MAPPING]  # it is always the same: the hash is that of the files alone
     return raw
 
@@ -228,11 +228,8 @@ class MovieLens1M(Logs):
 
     def read(self) -> RawLogs:
         """Fetch the files where they are not yet here, and read them; see `Logs.read`."""
-        raw = _movielens("ml-1m", "genre", self.users)
-        return replace(
-            raw,
-            kinds={"occupation": "category", "zip_code": "category"} if self.users else {},
-        )
+        kinds = dict.fromkeys(["occupation", "zip_code"] if self.users else [], "category")
+        return _movielens("ml-1m", "genre", users=self.users, kinds=kinds)
 
 
 class MovieLensLatestSmall(Logs):

@@ -16,17 +16,17 @@ ROUNDS = 100  # of drawing anew what may not stay
 class Negatives:
     """Items that stand beside the clicks of a log with the answer 0.
 
+    Clicks on an item that their user had clicked strictly earlier are read and not scored: no negative was clicked
+    before, so that alone would tell them.
+
     Args:
         per_positive: Negatives of each target, at its time.
         by: How items are drawn. uniform: each of the catalogue alike; popularity: in proportion to 1 + the clicks that
             an item had strictly earlier.
-        repeats: Clicks on an item that their user had clicked strictly earlier. context: they are read and not scored,
-            since no negative was clicked before, so that alone would tell them; target: they are scored.
     """
 
     per_positive: int = 1
     by: Literal["uniform", "popularity"] = "uniform"
-    repeats: Literal["context", "target"] = "context"
 
 
 def repeated(rows: pl.DataFrame) -> pl.Series:
@@ -52,7 +52,7 @@ def draw_negatives(
     split = rows["split"].to_physical()
     drawn = []  # a table each split
     for k in range(3):
-        targets = rows.filter((split == k) & (rows["role"] == "target"))
+        targets = rows.filter(split == k, role="target")
         negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
         # (items,)
         allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)

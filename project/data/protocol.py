@@ -106,8 +106,6 @@ class Protocol:
             parts.append(f"delay{self.answer_delay:g}")
         if self.negatives is not None:
             parts.append(f"{self.negatives.by}{self.negatives.per_positive}")
-            if self.negatives.repeats == "target":
-                parts.append("repeats")
         return "-".join(parts)
 
     @property
@@ -259,23 +257,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     log = raw.interactions
     columns = f"; there are {', '.join(raw.columns)}" if raw.columns else ""  # of the file
     undated = log["timestamp"].null_count() == log.height > 0
-    for timed, why, instead in (
-        (
-            protocol.split not in UNDATED_SPLITS,
-            f"split {protocol.split} cuts by time",
-            "split: random",
-        ),
-        (
-            protocol.answer_delay > 0,
-            f"answer_delay {protocol.answer_delay:g} counts from it",
-            "answer_delay: 0",
-        ),
-    ):
-        if undated and timed:
-            raise ConfigError(
-                f"The log has no column timestamp, but data.protocol.{why}{columns}. Map the column under "
-                f"data.logs.init_args.columns.timestamp, or set data.protocol.{instead}."
-            )
+    if undated and (protocol.split not in UNDATED_SPLITS or protocol.answer_delay):
+        raise ConfigError(
+            f"The log has no column timestamp, but data.protocol has split {protocol.split} and answer_delay "
+            f"{protocol.answer_delay:g}{columns}. Map the column under data.logs.init_args.columns.timestamp, or set "
+            "split: random (or given) and answer_delay: 0."
+        )
     # 2. a log as of the third date: nothing reads later rows
     for end in (protocol.cuts or [])[2:]:
         log = log.filter(pl.col("timestamp") < end)
@@ -424,17 +411,13 @@ def _without_duplicates(
     )
     if policy != "error" or distinct.height == rows.height:
         return distinct
-    places = pl.format("{} row {}", "source_file", "source_row")
-    groups = rows.group_by(key, maintain_order=True).agg(places.alias("places"))
-    shown = "; ".join(
-        f"user {user!r}, item {item!r}{'' if time is None else f', timestamp {time:.15g}'}: {', '.join(places)}"
-        for user, item, time, places in groups.filter(pl.col("places").list.len() > 1)
-        .head(3)
-        .iter_rows()
-    )
+    repeated = rows.filter(rows.select(key).is_duplicated())
+    first = repeated.join(repeated.head(1), on=key, how="semi", nulls_equal=True)
+    places = first.select(pl.format("{} row {}", "source_file", "source_row")).to_series()
     raise DataError(
-        f"{rows.height - distinct.height:,} duplicate rows (same user, item and any timestamp), for example {shown}. "
-        "Remove them, or set data.protocol.duplicates to first or last (in file order)."
+        f"{rows.height - distinct.height:,} duplicate rows (same user, item and timestamp), for example user "
+        f"{first['user_id'][0]!r}, item {first['item_id'][0]!r}: {', '.join(places)}. Remove them, or set "
+        "data.protocol.duplicates to first or last (in file order)."
     )
 
 
@@ -480,7 +463,7 @@ class SplitInteractions:
                 f"of the interactions not read: {', '.join(self.interactions.not_read)}; list under "
                 "data.logs.init_args.context what is known before the answer."
             )
-        targets = self.rows.filter(pl.col("role") == "target", pl.col("split") == "train")
+        targets = self.rows.filter(role="target", split="train")
         log = self.interactions
         found += [
             f"{name} alone tells train's labels (AUC {value:.3f}): it is probably known only after the answer. "
@@ -493,15 +476,10 @@ class SplitInteractions:
                 "median on train."
             )
         if negatives := self.protocol.negatives:
-            had = (
-                ", and so does having had it before (repeats: target)"
-                if negatives.repeats == "target"
-                else ""
-            )
             found.append(
                 f"labels 0 are drawn ({negatives.by}), nobody saw and left these items: results say how well clicks "
                 "are told from such draws. How often an item was clicked tells them apart, since that decides what is "
-                f"clicked and what is drawn{had}."
+                "clicked and what is drawn."
             )
         return found
 
@@ -546,8 +524,7 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
         rows = _with_own_scores(rows, interactions.own_scores, protocol)
     # 5. negatives beside the targets
     if protocol.negatives is not None:
-        if protocol.negatives.repeats == "context":
-            rows = _as_context(rows, repeated(rows))
+        rows = _as_context(rows, repeated(rows))
         drawn = draw_negatives(rows, protocol.negatives, items_hidden, protocol.seed)
         rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn])
         rows = rows.sort("timestamp", "user", "sampled", "item")
@@ -570,7 +547,7 @@ def _as_context(rows: pl.DataFrame, where: pl.Expr | pl.Series) -> pl.DataFrame:
 
 def _with_own_scores(rows: pl.DataFrame, column: str, protocol: Protocol) -> pl.DataFrame:
     """The rows with a score each: where the log has none it is the median of train's."""
-    median = rows.filter(pl.col("split") == "train")[OWN_SCORE].median()
+    median = rows.filter(split="train")[OWN_SCORE].median()
     if median is None or protocol.negatives is not None:
         why = "no row of train has one" if median is None else "drawn negatives have none"
         raise DataError(
@@ -648,9 +625,7 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             return rows["given_split"].replace("history", "train").cast(pl.Enum(SPLITS))
         case "global_time":
             # a cut is a time; a share of 0 cuts after the last target
-            times = rows.filter(pl.col("role") == "target")["timestamp"].append(
-                pl.Series([np.inf])
-            )
+            times = rows.filter(role="target")["timestamp"].append(pl.Series([np.inf]))
             behind = [
                 pl.col("timestamp") >= times[cut]
                 for cut in _cuts(len(times) - 1, protocol.shares)
@@ -716,8 +691,8 @@ def _uniform(salt: str, names: pl.Series) -> F64:
 
 
 def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
-    targets = rows.filter(pl.col("role") == "target")
-    labels = {split: targets.filter(pl.col("split") == split)["label"] for split in SPLITS}
+    targets = rows.filter(role="target")
+    labels = {split: targets.filter(split=split)["label"] for split in SPLITS}
     found = ", ".join(f"{split} {len(values):,}" for split, values in labels.items())
     empty = [split for split, values in labels.items() if values.is_empty()]
     if empty:
@@ -739,6 +714,9 @@ def _check_targets(rows: pl.DataFrame, protocol: Protocol) -> None:
 
 def _digest(rows: pl.DataFrame, interactions: Interactions, protocol: Protocol) -> str:
     fields = asdict(protocol) | {"name": protocol.name, "fold_salt": FOLD_SALT}
+    # what published hashes cover, though it is no setting any more
+    if protocol.negatives is not None:
+        fields["negatives"] |= {"repeats": "context"}
     # at their defaults the hash is that of versions which did not have them
     added = {
         "hide_items": 0.0,
@@ -782,10 +760,10 @@ def _manifest(
     `describe` says of context and users' attributes.
     """
     log = rows.filter(answered(rows))
-    targets = rows.filter(pl.col("role") == "target")
-    context = rows.filter(pl.col("role") == "context")
-    by_split = {split: targets.filter(pl.col("split") == split) for split in SPLITS}
-    by_fold = {fold: targets.filter(pl.col("fold") == fold) for fold in FOLDS}
+    targets = rows.filter(role="target")
+    context = rows.filter(role="context")
+    by_split = {split: targets.filter(split=split) for split in SPLITS}
+    by_fold = {fold: targets.filter(fold=fold) for fold in FOLDS}
 
     def cold(column: str) -> dict[str, float]:
         train = by_split["train"].filter(answered(by_split["train"]))
@@ -805,9 +783,7 @@ def _manifest(
         "times": [moment(rows["timestamp"][k]) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
         "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
-        "context": {
-            split: context.filter(pl.col("split") == split).height for split in SPLITS
-        },
+        "context": {split: context.filter(split=split).height for split in SPLITS},
         "folds": {
             fold: {
                 "targets": part.height,

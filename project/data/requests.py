@@ -7,7 +7,7 @@ from codecs import BOM_UTF8
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,7 @@ from project.request import (
     text_of,
 )
 
-KEYS = (
-    "request_id",
-    "user_id",
-    "history",
-    "time",
-    "candidates",
-    "top_n",
-    "exhaustive",
-    "context",
-    "user",
-)
+KEYS = [field.name for field in fields(RankRequest) if field.name != "deadline"]
 EXAMPLE_HISTORY = '[{"item_id": "242", "label": 1, "time": 880000000}]'
 EXAMPLE = '{"request_id": "r1", "user_id": "196", "time": 880000000, "candidates": ["242", "302"]}'
 
@@ -600,17 +590,14 @@ def catalogue_requests(
 
 def targets_for_requests(split: SplitInteractions, part: str) -> pl.DataFrame:
     """Targets of test or of a fold; `ConfigError` where a fold's requests would read rows of test."""
-    is_test = pl.col("split") == "test"
-    targets = split.rows.filter(
-        pl.col("role") == "target", is_test if part == "test" else pl.col("fold") == part
-    )
+    column = "split" if part == "test" else "fold"
+    targets = split.rows.filter(pl.col(column) == part, role="target")
     if targets.is_empty():
         raise DataError(
             f"{part} has no targets to make requests of: give more data or change the shares"
         )
-    early = split.rows.filter(
-        is_test, pl.col("timestamp") < targets["timestamp"].max()
-    ).height
+    last = targets["timestamp"].max()
+    early = split.rows.filter(pl.col("timestamp") < last, split="test").height
     if part != "test" and early:
         raise ConfigError(
             f"data.protocol.split is {split.protocol.split}: {early:,} test rows lie before the last request of the "

@@ -11,9 +11,12 @@ from project.errors import DataError
 
 LATEST = 1e10  # seconds: the year 2286
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
-# Sizes of numbers that are times, by unit: below 1e10, 1e11 to 1e13, 1e14 to 1e16, 1e17 to
-# 1e19. So from milliseconds on a column begins in 1973, and between two units is a gap.
-EDGES = (LATEST, 1e11, 1e13, 1e14, 1e16, 1e17, 1e19)
+EDGES = (
+    LATEST,
+    1e13,
+    1e16,
+)  # the largest number of a column has the next unit from here on
+EARLIEST = 1e8  # seconds: 1973, from which on times may be in other units than seconds
 ATOMIC = (".inter", ".item", ".user")  # RecBole's files
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970
 
@@ -141,7 +144,7 @@ def finite_numbers(
 def times(values: pl.Series, file: str, column: str) -> pl.Series:
     """A column as seconds since 1970, null where it was: dates, typed or as ISO text, or numbers.
 
-    Dates without a zone are UTC. Numbers are in one of `UNITS`, which their size tells.
+    Dates without a zone are UTC. Numbers are in one of `UNITS`, which the size of the largest tells.
     """
     # 1. dates name their moment
     if values.dtype in (pl.Date, pl.Datetime):
@@ -153,25 +156,17 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
         text = values.cast(pl.String)
         seconds_of = moments_of(text.filter(size.is_null()))
         moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
-    # 2. the unit of each number: an even place among the edges is that of a unit, an odd
-    # one lies between two
-    place = pl.Series(np.digitize(size.abs().fill_null(0).to_numpy(), EDGES))
-    right = ((place % 2 == 0) & (place < 2 * len(UNITS)) & size.is_not_null()) | (
-        moments.abs() < LATEST
+    # 2. the unit of all numbers
+    unit = int(np.digitize(size.abs().max() or 0.0, EDGES))  # type: ignore[arg-type]
+    seconds = size / 1000.0**unit
+    least = EARLIEST if unit else 0.0
+    right = seconds.abs().is_between(least, LATEST) | (moments.abs() < LATEST)
+    expected = (
+        f"a time up to the year 2286, all rows in one unit ({', '.join(UNITS)} since 1970; the largest number is in "
+        f"{UNITS[unit]}), or an ISO date such as 2024-05-17T09:30:00"
     )
-    right = right.fill_null(False) | values.is_null()
-    expected = f"a time up to the year 2286: {', '.join(UNITS)} since 1970, or an ISO date such as 2024-05-17T09:30:00"
-    require(right, values, expected, file, column)
-    # 3. one unit for all
-    unit = (place // 2).to_numpy()
-    row, *rest = size.is_not_null().arg_true().to_list() or [0]
-    if other := [k for k in rest if unit[k] != unit[row]]:
-        raise DataError(
-            f"{file}: column {column} mixes {UNITS[unit[row]]} and {UNITS[unit[other[0]]]}: row {row + 1} is "
-            f"{size[row]:.15g}, row {other[0] + 1} is {size[other[0]]:.15g} ({len(other):,} of {len(values):,} rows "
-            "are like this). Give all rows the same unit."
-        )
-    # 4. dates without dashes look like seconds
+    require(right.fill_null(False) | values.is_null(), values, expected, file, column)
+    # 3. dates without dashes look like seconds
     if len(size) and size.is_between(*DATES).all() and size.null_count() == 0:
         dates = size.cast(pl.String).str.to_date("%Y%m%d.0", strict=False)
         if dates.is_not_null().all():
@@ -179,7 +174,7 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
                 f"{file}: column {column} holds dates without dashes, such as {size[0]:.0f} in row 1, which would be "
                 f"read as seconds. Write them as {dates[0]}."
             )
-    return (size / 1000.0 ** int(unit[row])).fill_null(moments).alias(values.name)
+    return seconds.fill_null(moments).alias(values.name)
 
 
 def moments_of(texts: pl.Series) -> dict[str, float]:

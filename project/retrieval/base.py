@@ -156,14 +156,10 @@ class Retriever(ABC):
         names = argument_names(kind)
         for name in ("neighbours", "max_raters", *names):
             if not hasattr(self, name):
-                line = (
-                    f"self.{name} = {name}"
-                    if name in names
-                    else "super().__init__(neighbours, max_raters)"
-                )
                 raise ConfigError(
                     f"data.retriever is {kind.__name__}, which has no attribute {name}: arguments are part of the "
-                    f"retrieved features cache's key. Write {line} in its __init__."
+                    f"retrieved features cache's key. Write super().__init__(neighbours, max_raters), and self.{name} "
+                    f"= {name} for an argument of its own, in its __init__."
                 )
 
     def settings(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from scipy.sparse import csr_array
 from project.arrays import F32, F64, I64, Bool
 from project.data.protocol import SplitInteractions, answered, known_at
 from project.errors import ConfigError
+from project.retrieval.base import top
 from project.retrieval.lightgcn import DISLIKE_WEIGHT
 from project.retrieval.walk import Snapshots
 
@@ -181,13 +182,8 @@ class CandidateFinder:
 
 def best(scores: F64, allowed: Bool, number: int) -> I64:
     """Codes of at most `number` allowed items of the highest scores (items,); equal scores in order of their codes."""
-    codes = np.flatnonzero(allowed & (scores > -np.inf))
-    values = scores[codes]
-    if codes.size > number:
-        kept = values >= np.partition(values, -number)[-number]
-        codes = codes[kept]
-        values = values[kept]
-    return codes[np.argsort(-values, kind="stable")[:number]]
+    codes = np.flatnonzero(allowed & (scores > -np.inf))[::-1]
+    return codes[top(scores[codes], number)]
 
 
 def merged(

@@ -16,14 +16,14 @@ its past (a split by time), the three coincide and are computed once.
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from project.arrays import F64, I64, Bool
+from project.arrays import F64, I64
 from project.cache import cached_folder
 from project.data.protocol import SPLITS, SplitInteractions
 from project.errors import ConfigError
@@ -97,78 +97,66 @@ class RetrievedFeatures:
         """What the retriever fitted for test, which requests read."""
         return Snapshots.load(self._retrieved_folder() / SNAPSHOTS)
 
-    def mf_snapshots(self) -> Snapshots | None:
-        """What the factorisation fitted for test; None without one."""
-        return (
-            None
-            if self.mf is None
-            else Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
-        )
+    def chances(self) -> Callable[[WalkRows], F64] | None:
+        """Chances of rows by what the factorisation fitted for test; None without one."""
+        if self.mf is None:
+            return None
+        fitted = Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
+        return partial(self.mf.chances, snapshots=fitted)
 
     def index(self) -> FeatureIndex:
         """An index, which answers requests after the log without another walk."""
-        return FeatureIndex(
-            self.split, self.retriever, self.snapshots(), self.mf, self.mf_snapshots()
-        )
+        return FeatureIndex(self.split, self.retriever, self.snapshots(), self.chances())
 
     def of_requests(
-        self,
-        user: I64,
-        item: I64,
-        timestamp: F64,
-        label: I64,
-        own: Bool,
-        catalogue: pl.DataFrame | None = None,
+        self, asked: pl.DataFrame, catalogue: pl.DataFrame | None = None
     ) -> pl.DataFrame:
         """Retrieved features of rows outside the log, read as split "test": from the log and their own user's past.
 
-        Rows have shape (rows,): codes of users and items (codes that the log does not have are unseen), seconds,
-        labels (-1 is unknown), and `own`, whether the row is the user's past, else a candidate. A user code with `own`
-        rows has exactly those as its past, also where the log knows that user; a user code of the log without `own`
-        rows has the log's. Either way that user's own ratings in the log are not neighbours. `catalogue` is the items
-        table of `item` where requests bring items of their own.
+        Rows have codes of user and item (codes that the log does not have are unseen), timestamp, label (-1 is unknown)
+        and candidate: whether it is asked, else it is the user's own past. A user code with own rows has exactly those
+        as its past, also where the log knows that user; a user code of the log without own rows has the log's. Either
+        way that user's own ratings in the log are not neighbours. `catalogue` is the items table of the codes where
+        requests bring items of their own.
 
         The table is in the order given; row_id is -1 - position, also among neighbours.
         """
         # 1. rows of the log and of the requests, together in time order
         items = self.split.interactions.items
         num_users = self.split.interactions.users.height
-        log = self.split.rows.filter(pl.col("timestamp") < timestamp.max(initial=-np.inf))
+        rows = WalkRows.from_log(asked.with_columns(row_id=-1 - pl.int_range(pl.len())))
+        end = rows.timestamp.max(initial=-np.inf)
+        log = self.split.rows.filter(pl.col("timestamp") < end)
         past = WalkRows.from_log(log, query=False)
+        own = ~asked["candidate"].to_numpy()
         # a user with a past of their own gets a code that the log has not used
-        fresh = np.isin(user, user[own]) | (user >= num_users)
-        requests = WalkRows(
-            row_id=-1 - np.arange(user.size),
-            user=np.where(fresh, num_users + np.unique(user, return_inverse=True)[1], user),
-            person=user.astype(np.int64),
-            item=np.minimum(item, items.height).astype(np.int64),
-            timestamp=timestamp.astype(np.float64),
-            known=timestamp.astype(np.float64),
-            label=label.astype(np.int8),
-            query=np.ones(user.size, np.bool_),
-            rater=np.zeros(user.size, np.bool_),
+        fresh = np.isin(rows.user, rows.user[own]) | (rows.user >= num_users)
+        codes = num_users + np.unique(rows.user, return_inverse=True)[1]
+        requests = replace(
+            rows,
+            user=np.where(fresh, codes, rows.user),
+            item=np.minimum(rows.item, items.height),
+            rater=np.zeros_like(own),
             own=own,
         )
-        rows = _merged(past, requests)
         # 2. the walk, then factorisation and text similarity, as the log's tables have them
         fitted = self.snapshots()
+        merged = _merged(past, requests)
         table = walk(
-            rows,
+            merged,
             self.retriever,
             items,
             fitted.cuts,
             fitted.fitted,
             "retrieved features (requests)",
         )
-        factors = self.mf_snapshots()
-        if self.mf is not None and factors is not None:
-            table = table.with_columns(mf_column(self.mf.chances(rows, factors)))
-        if catalogue is not None:  # an item that the log does not have still has a text
-            known = np.minimum(item, catalogue.height).astype(np.int64)
-            rows = _merged(past, replace(requests, item=known))
-        texts = text_similarity(
-            rows, item_vectors(items if catalogue is None else catalogue, items)
-        )
+        chances = self.chances()
+        if chances is not None:
+            table = table.with_columns(mf_column(chances(merged)))
+        # an item that the log does not have still has a text
+        catalogue = items if catalogue is None else catalogue
+        with_texts = replace(requests, item=np.minimum(rows.item, catalogue.height))
+        texts = text_similarity(_merged(past, with_texts), item_vectors(catalogue, items))
         table = table.join(
             texts, on="row_id", how="left", maintain_order="left", validate="1:1"
         )
@@ -184,9 +172,7 @@ class RetrievedFeatures:
         if self.split.protocol.negatives:  # of clicks alone all rates are 1
             columns = []
         for name, table in tables.items():
-            targets = self.split.rows.filter(
-                (pl.col("role") == "target") & (pl.col("split") == name)
-            )
+            targets = self.split.rows.filter(role="target", split=name)
             if targets.height < 2:
                 continue
             if fits and not (targets["timestamp"] >= self.cuts.min(initial=np.inf)).any():

@@ -6,7 +6,7 @@ max_raters of each, and the user's own rows. Features are made by the code that 
 the factorisation and the terms of texts are those of the last block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
@@ -22,7 +22,6 @@ from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
 from project.retrieval.base import Growing, Retriever
-from project.retrieval.factorisation import MatrixFactorisation
 from project.retrieval.own_text import (
     term_texts,
     text_and_weight,
@@ -53,9 +52,9 @@ def in_time(history: Sequence[Row]) -> list[Row]:
 class FeatureIndex:
     """Retrieved features of candidates as of now, from the log and the events observed since.
 
-    Users and items are codes; codes that the log does not have are new ones. Time never goes back. `snapshots` and
-    `mf_snapshots` are what retriever and factorisation fitted, see `RetrievedFeatures.index`; the retriever itself is
-    left alone. One thread at a time.
+    Users and items are codes; codes that the log does not have are new ones. Time never goes back. `snapshots` is what
+    the retriever fitted, which itself is left alone, `chances` what the factorisation gives rows, see
+    `RetrievedFeatures.index`. One thread at a time.
     """
 
     def __init__(
@@ -63,8 +62,7 @@ class FeatureIndex:
         split: SplitInteractions,
         retriever: Retriever,
         snapshots: Snapshots,
-        mf: MatrixFactorisation | None = None,
-        mf_snapshots: Snapshots | None = None,
+        chances: Callable[[WalkRows], F64] | None,
     ) -> None:
         if not can_be_indexed(retriever):
             raise ConfigError(
@@ -72,13 +70,12 @@ class FeatureIndex:
                 "cannot drop the past that a request brought. Write a forget that undoes observe for a user."
             )
         self._retriever = copy(retriever)
-        self._mf = mf
+        self._chances = chances
         # what the retriever knows; a code beyond it is any other item
         self._items = split.interactions.items
         self.guest = split.interactions.users.height  # stands for whoever has no past here
         # 1. what was fitted
         self._snapshots = snapshots
-        self._mf_snapshots = mf_snapshots
         self._encode = text_encoder(self._items)
         self._texts = with_any_other(self._encode(term_texts(self._items)))
         # by text, vectors (1, terms) of items that requests brought
@@ -303,12 +300,11 @@ class FeatureIndex:
         # the user's past, then the queries: `chances` and `text_and_weight` walk them alone
         rows = self._rows.at(at)
         found = dict[str, F64]()
-        if self._mf is not None and self._mf_snapshots is not None:
-            known = replace(rows, item=np.minimum(rows.item, self._items.height))
-            found["mf"] = as_stored(self._mf.chances(known, self._mf_snapshots))
         texts = self._texts
         # (rows,) the row of `texts` of each
         place = np.minimum(rows.item, self._items.height)
+        if self._chances is not None:
+            found["mf"] = as_stored(self._chances(replace(rows, item=place)))
         # items that the log does not have: their vectors follow those of the rows
         new = self._texts_after(catalogue)
         added = rows.item - self._items.height

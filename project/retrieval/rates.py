@@ -76,8 +76,7 @@ class ContextRates:
         self.columns = log.columns
         # of requests that do not say otherwise
         self._defaults = brought(serving_values or {}, CONTEXT, log.columns)
-        is_target = (pl.col("role") == "target") & (pl.col("split") == "train")
-        train = split.rows.filter(is_target)
+        train = split.rows.filter(role="target", split="train")
         self.base = float(train["label"].mean() or 0.5)  # type: ignore[arg-type]
         # 1. numbers are counted by bins of train's values
         values = with_users(train, log.users, log.columns)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,105 +161,23 @@ def test_recbole_files_lose_their_types(
         assert raw.items.rows() == items
 
 
-FORMS = ("csv", "tsv", "parquet", "inter", "reader")
+def log_of(write: Write, **columns: list[Any]) -> RawLogs:
+    """Users u0, u1, ..., items 0, 1, ..., and these columns."""
+    ids = range(len(next(iter(columns.values()))))
+    log = pl.DataFrame({"user_id": [f"u{k}" for k in ids], "item_id": ids, **columns})
+    items = log.select("item_id", title="item_id")
+    return read(write, log.write_csv(), items.write_csv())
 
 
-@dataclass
-class OwnLogs(Logs):
-    """A reader of the user's own, which hands its table on as it is."""
-
-    log: pl.DataFrame
-    items: pl.DataFrame
-
-    def read(self) -> RawLogs:
-        absent = [
-            pl.lit(None, kind).alias(name)
-            for name, kind in RAW_SCHEMA.items()
-            if name not in self.log
-        ]
-        return RawLogs(self.log.with_columns(absent), self.items, {})
-
-
-def logs_of(form: str, folder: Path, **columns: list[Any]) -> Logs:
-    """The same log in another form: users u0, u1, ..., items 0, 1, ..., and these columns."""
-    number = len(next(iter(columns.values())))
-    names = [str(k) for k in range(number)]
-    log = pl.DataFrame({"user_id": [f"u{k}" for k in names], "item_id": names, **columns})
-    items = pl.DataFrame({"item_id": names, "title": names})
-    if form == "reader":
-        return OwnLogs(log, items)
-    paths = [
-        folder / f"log.{form}",
-        folder / ("log.item" if form == "inter" else f"items.{form}"),
-    ]
-    for table, path in zip((log, items), paths, strict=True):
-        if form == "parquet":
-            table.write_parquet(path)
-        else:
-            typed = table.rename(
-                {name: f"{name}:token" for name in table.columns if form == "inter"}
-            )
-            typed.write_csv(path, separator="," if form == "csv" else "\t")
-    return (
-        RecBoleLogs(str(folder), "log") if form == "inter" else TableLogs(*map(str, paths))
-    )
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("a_second", [1, 10**3, 10**6, 10**9])
-def test_a_time_may_be_in_any_unit(a_second: int, form: str, tmp_path: Path) -> None:
-    """Seconds, milliseconds, microseconds and nanoseconds since 1970 are told apart by their size."""
-    logs = logs_of(
-        form, tmp_path, timestamp=[1_715_938_200 * a_second, 1_715_938_260 * a_second]
-    )
-    assert checked(logs.read()).interactions["timestamp"].to_list() == [
-        1_715_938_200,
-        1_715_938_260,
-    ]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("times", "words"),
-    [
-        (
-            [datetime(2024, 5, 17), datetime(9999, 12, 31)],
-            "row 2: .*timestamp is .*9999-12-31",
-        ),
-        ([date(2024, 5, 17), date(9999, 12, 31)], "row 2: .*timestamp is .*9999-12-31"),
-        # the year 3000
-        ([1_715_938_200, 32_503_680_000], "row 2: .*timestamp is .*32503680000"),
-        (
-            [20_240_517_093_000, 20_240_517_093_000],
-            "row 1: .*timestamp is .*20240517093000",
-        ),
-        (
-            [1_715_938_200, 1_715_938_200 * 10**9],
-            "mixes seconds and nanoseconds: row 1 is 1715938200, row 2 is",
-        ),
-    ],
-)
-def test_a_time_in_no_unit_is_an_error(
-    times: list[Any], words: str, form: str, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=words):
-        checked(logs_of(form, tmp_path, timestamp=times).read())
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_columns_that_nothing_reads_are_named(form: str, tmp_path: Path) -> None:
+def test_columns_that_nothing_reads_are_named(write: Write) -> None:
     """Once, in the file's order, in the manifest too; what is mapped or has one of our names is read."""
-    columns = {
-        "timestamp": range(8),
-        "dwell_time": range(8),
-        "rating": [5, 1] * 4,
-        "order_id": range(8),
-    }
-    logs = logs_of(
-        form, tmp_path, **{name: list(values) for name, values in columns.items()}
+    numbers = list(range(8))
+    stars = [5, 1] * 4
+    raw = log_of(
+        write, timestamp=numbers, dwell_time=numbers, rating=stars, order_id=numbers
     )
     protocol = Protocol(shares=[0.5, 0.25, 0.25], label="rating > 3")
-    split = apply_protocol(build_interactions(logs.read(), protocol), protocol)
+    split = apply_protocol(build_interactions(raw, protocol), protocol)
     assert split.manifest["not_read"] == ["dwell_time", "order_id"]
     assert split.warnings == [
         "of the interactions not read: dwell_time, order_id; list under data.logs.init_args.context what is known "
@@ -269,16 +185,14 @@ def test_columns_that_nothing_reads_are_named(form: str, tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_clicked_does_not_turn_labels_round(form: str, tmp_path: Path) -> None:
+def test_clicked_does_not_turn_labels_round(write: Write) -> None:
     """A row with label 0 is no click: an error that names the row and both ways out; a column of ones is clicks."""
     protocol = Protocol(split="random", label="clicked", negatives=Negatives())
-    logs = logs_of(form, tmp_path, timestamp=[1, 2, 3], label=[1, 0, 0])
     words = r"row 2: label is 0 \(2 of 3 rows\), but data\.protocol\.label is clicked.*label: null.*remove"
     with pytest.raises(DataError, match=words):
-        build_interactions(logs.read(), protocol)
-    ones = logs_of(form, tmp_path, timestamp=[1, 2, 3], label=[1, 1, 1])
-    assert build_interactions(ones.read(), protocol).rows["label"].to_list() == [1, 1, 1]
+        build_interactions(log_of(write, label=[1, 0, 0]), protocol)
+    ones = build_interactions(log_of(write, label=[1, 1, 1]), protocol)
+    assert ones.rows["label"].to_list() == [1, 1, 1]
 
 
 BAD_LOGS = [
@@ -416,7 +330,7 @@ def test_tables_as_people_write_them(write: Write) -> None:
     assert raw.items.height == 2
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
 def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
     """log[1] is not log1, which is what a shell would make of it; a folder may have such a name too."""
     folder = tmp_path / "run[2]"
@@ -428,7 +342,10 @@ def test_a_file_name_is_no_pattern(kind: str, tmp_path: Path) -> None:
         table = pl.DataFrame(
             {"user_id": [user], "item_id": ["1"], "timestamp": [10], "rating": [5]}
         )
-        table.write_csv(path) if kind == "csv" else table.write_parquet(path)
+        if kind == "parquet":
+            table.write_parquet(path)
+        else:
+            table.write_csv(path, separator="," if kind == "csv" else "\t")
     (folder / "items.csv").write_text(ITEMS)
     raw = TableLogs(str(folder / f"log[1].{kind}"), str(folder / "items.csv")).read()
     assert raw.interactions["user_id"].to_list() == ["right"]

@@ -257,7 +257,7 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
             DUPLICATED,
             None,
             RULE,
-            "1 duplicate rows.*item 'a', timestamp 1: log.csv row 1, log.csv row 3",
+            "1 duplicate rows.*item 'a': log.csv row 1, log.csv row 3",
         ),
         (
             UNDATED,
@@ -269,7 +269,7 @@ def test_duplicates_by_policy(make_logs: MakeLogs, policy: Any, rating: float) -
             UNDATED,
             None,
             RULE,
-            "no column timestamp, but .*split global_time cuts by time.*split: random",
+            "no column timestamp, but .*split global_time.*split: random",
         ),
         (
             CLICKS,

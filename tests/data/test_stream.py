@@ -146,18 +146,10 @@ class World:
         items = self.split.interactions.items
         requests = Requests(asked, items, dict(items.select("item_id", "item").iter_rows()))
 
-        def ask(rows: pl.DataFrame) -> pl.DataFrame:
-            columns = {
-                name: rows[name].to_numpy()
-                for name in ("user", "item", "timestamp", "label")
-            }
-            own = ~rows["candidate"].to_numpy()
-            return RetrievedFeatures(self.split, RETRIEVER, REFITS, self.cache).of_requests(
-                own=own, **columns
-            )
-
+        features = RetrievedFeatures(self.split, RETRIEVER, REFITS, self.cache)
+        tables = self.retrieved["test"]
         return request_streams(
-            requests, self.split, self.retrieved["test"], self.encoder, ask
+            requests, self.split, tables, self.encoder, features.of_requests
         )
 
 

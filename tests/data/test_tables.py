@@ -51,7 +51,10 @@ def read(name: str, values: list[Any], kind: Any = None) -> list[Any]:
         ),
         ("timestamp", ["1970-01-01T00:00:01.250", None], None, [1.25, None]),
         ("timestamp", [0.0, NOW], None, [0.0, NOW]),
-        ("timestamp", [NOW * 1000, NOW * 1000 + 500], None, [NOW, NOW + 0.5]),
+        *(
+            ("timestamp", [NOW * unit, (NOW + 60) * unit], None, [NOW, NOW + 60])
+            for unit in (10**3, 10**6, 10**9)
+        ),
         (
             "timestamp",
             [20_240_517.0, 20_249_999.0],
@@ -81,10 +84,18 @@ def test_what_is_read(name: str, values: list[Any], kind: Any, expected: list[An
             for v in ("four", "NaN")
         ),
         *(("timestamp", ["1", v], f"f, row 2: .* is '{v}'") for v in ("inf", "-inf")),
-        (
-            "timestamp",
-            [NOW, NOW + 1, NOW * 1000],
-            r"mixes .* row 1 is 1715938200, row 3 is 1715938200000 \(1 of 3",
+        ("timestamp", [NOW, NOW + 1, NOW * 1000], "row 1: .*one unit.*2 of 3 rows"),
+        # the year 3000, in seconds, and a date without dashes
+        ("timestamp", [NOW, 32_503_680_000], "row 1: .*up to the year 2286"),
+        ("timestamp", [32_503_680_000] * 2, "row 1: .* is 32503680000"),
+        ("timestamp", [20_240_517_093_000] * 2, "row 1: .* is 20240517093000"),
+        *(
+            (
+                "timestamp",
+                [moment(2024, 5, 17), moment(9999, 12, 31)],
+                "row 2: .*9999-12-31",
+            )
+            for moment in (date, datetime)
         ),
         (
             "timestamp",

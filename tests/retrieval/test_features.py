@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from example_logs import CoLikes, at_random, by_time, flip, make_log, make_split, request
+from example_logs import (
+    CoLikes,
+    at_random,
+    by_time,
+    columns,
+    flip,
+    make_log,
+    make_split,
+    request,
+)
 from scipy.optimize import minimize
 
 from project.errors import ConfigError
@@ -89,9 +98,7 @@ def test_a_split_by_time_is_fitted_once(tmp_path: Path) -> None:
     first = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     second = RetrievedFeatures(split, retriever, REFITS, tmp_path).tables()
-    RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(
-        *request(rows.head(1))
-    )
+    RetrievedFeatures(split, retriever, REFITS, tmp_path).of_requests(request(rows.head(1)))
     assert len(retriever.fits) == len(block_cuts(rows["timestamp"].to_numpy(), REFITS))
     assert all(first[name].equals(second[name]) for name in SPLITS)
 
@@ -178,7 +185,7 @@ def test_a_users_own_history_as_a_request_is_answered_like_the_log(
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
-    found = features.of_requests(*request(chosen))
+    found = features.of_requests(request(chosen))
     expected = chosen.select("row_id").join(log, on="row_id", maintain_order="left")
     assert found["row_id"].to_list() == [-1 - position for position in range(chosen.height)]
     assert found.select(COMPARED).equals(expected.select(COMPARED))
@@ -194,12 +201,12 @@ def test_candidates_without_history_use_the_logs_past_alone_or_together(
     split = make_split(rows, by_time(rows))
     features = RetrievedFeatures(split, co_likes, REFITS, tmp_path)
     log = features.tables()["test"]
-    found = features.of_requests(*request(rows, own=False))
+    found = features.of_requests(request(rows, own=False))
     assert found.select(COMPARED).equals(log.select(COMPARED))
-    together = features.of_requests(*request(rows))
+    together = features.of_requests(request(rows))
     for user in (1, 4):
         mine = rows["user"] == user
-        alone = features.of_requests(*request(rows.filter(mine)))
+        alone = features.of_requests(request(rows.filter(mine)))
         assert alone.select(COMPARED).equals(together.filter(mine).select(COMPARED))
 
 
@@ -208,14 +215,13 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     rows = make_log(2)
     split = make_split(rows, by_time(rows))
     late = float(rows["timestamp"].max()) + 10  # type: ignore[arg-type]
-    user, item = np.array([90, 90, 90, 91]), np.array([0, 77, 1, 1])
-    time, label = np.array([late, late, late + 1, late + 1]), np.array([1, 0, -1, -1])
-    chosen = (user, item, time, label, label >= 0)
-    found = (
-        RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path)
-        .of_requests(*chosen)
-        .to_dicts()
+    chosen = pl.DataFrame({"user": [90, 90, 90, 91], "item": [0, 77, 1, 1]}).with_columns(
+        timestamp=pl.Series([late, late, late + 1, late + 1]),
+        label=pl.Series([1, 0, -1, -1]),
+        candidate=pl.Series([False, False, True, True]),
     )
+    features = RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path)
+    found = features.of_requests(chosen).to_dicts()
     assert found[1]["item_count"] == 0
     assert found[2]["neighbour_count"] == 4
     assert (found[2]["user_rate"], found[2]["user_count"]) == (0.5, 2)
@@ -280,7 +286,7 @@ def chances_of(rows: pl.DataFrame, log: pl.DataFrame | None = None) -> np.ndarra
 def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
     """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows."""
     rows = make_log(3)
-    user, item, time, label, _ = request(rows)
+    user, item, time, label = columns(rows)
     snapshots = MF.fit(rows, 9, block_cuts(time, REFITS))
     found, penalty, checked = chances_of(rows), np.array([1.0, 3.0, 3.0]), 0
     for row in np.flatnonzero(~np.isnan(found))[::7]:
@@ -337,7 +343,7 @@ def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
-    found = features.of_requests(*request(chosen))["mf"]
+    found = features.of_requests(request(chosen))["mf"]
     expected = chosen.select("row_id").join(
         tables["test"], on="row_id", maintain_order="left"
     )["mf"]

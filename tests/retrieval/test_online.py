@@ -142,16 +142,11 @@ def test_a_request_is_answered_as_by_the_walk(
     item, label, time = zip(
         *history, *((item, -1, end) for item in candidates), strict=True
     )
-    arrays = (
-        np.full(len(item), user),
-        np.array(item),
-        np.array(time),
-        np.array(label),
-        np.array(label) >= 0,
+    asked = pl.DataFrame({"item": item, "timestamp": time, "label": label}).with_columns(
+        user=user, candidate=pl.col("label") < 0
     )
-    expected = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF).of_requests(
-        *arrays, catalogue=catalogue
-    )
+    features = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF)
+    expected = features.of_requests(asked, catalogue)
     made = indexed(split, retriever, tmp_path)
     for _ in range(2):
         found = made.retrieved(user, candidates, history if brings else None, catalogue)
@@ -180,7 +175,7 @@ def test_new_users_are_answered_as_by_the_walk(
         snapshots.cuts,
         snapshots.fitted,
     )
-    made._mf = None
+    made._chances = None
     later = every.filter(pl.col("timestamp") >= 100)
     replay(made, later, walked, without=("text", "text_weight"))
 

@@ -185,7 +185,7 @@ WRONG = {
     ),
     "not kept": (
         {"init": "super().__init__(); self._k = k"},
-        r"Mine, which has no attribute k.*Write self\.k = k",
+        r"Mine, which has no attribute k.*self\.k = k",
     ),
     "observe": (
         {"more": "def observe(self, row, label): pass"},

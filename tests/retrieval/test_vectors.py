@@ -197,8 +197,8 @@ def test_a_history_has_the_lists_of_the_log(
         fraction=1, shuffle=True, seed=0
     )
     n, late = chosen.height, chosen.with_columns(timestamp=pl.lit(1e3))
-    columns = map(np.append, request(chosen), request(late, own=False))
-    found = features.of_requests(*columns)["similar_after"]
+    asked = pl.concat([request(chosen), request(late, own=False)])
+    found = features.of_requests(asked)["similar_after"]
     expected = chosen.join(
         log.select("row_id", "similar_after"), on="row_id", maintain_order="left"
     )
