@@ -37,12 +37,12 @@ from project.evaluation.result import (
     scored_rows,
 )
 from project.exits.budget import calibrate
+from project.exits.criteria import StaticExit
 from project.exits.plan import (
     CHECKPOINT_KEY,
     ExitSettings,
     Plans,
     admit,
-    certified_settings,
     plans_of,
 )
 from project.exits.ranking import (
@@ -186,9 +186,9 @@ class ExitCalibration(L.Callback):
         promises = [row["certificate"] for row in lists.document["lengths"]]
         if any(promise and promise["passed"] is not None for promise in promises):
             # the fold was read, whether or not the plan's own certificate did
-            tried = certified_settings(self.settings) | {"checkpoint": heads}
-            ledger = admit(document["ledger"], tried, data.split.hash, fitting)
-            document["ledger"] = ledger
+            document["ledger"] = admit(
+                document["ledger"], self.settings, heads, data.split.hash, fitting
+            )
         self.plans = plans = replace(plans, lists=lists)
         # 3. what the plan does on tune
         tune = (scores["fold"] == "tune").to_numpy()
@@ -215,7 +215,7 @@ class ExitCalibration(L.Callback):
     ) -> Lists:
         """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
         settings = self.settings
-        static = settings.one_exit is not None
+        static = isinstance(settings.criterion, StaticExit)
         if static or not settings.lists or trainer.world_size > 1:
             return Lists()
 

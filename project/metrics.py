@@ -35,8 +35,11 @@ def probabilities(logits: ArrayLike) -> F64:
 def auc(scores: ArrayLike, labels: ArrayLike) -> float | None:
     """Share of (positive, negative) pairs in the right order, ties half; None where a class is missing."""
     values, positive = checked(scores, labels)
-    value = float(Pairs(values, positive).weighted_auc(np.ones((1, values.size)))[0])
-    return None if np.isnan(value) else value
+    positives = positive.sum()
+    pairs = positives * (positive.size - positives)
+    # pairs in the right order, by the rank sum (Mann and Whitney 1947)
+    won = rankdata(values) @ positive - positives * (positives + 1) / 2
+    return float(won / pairs) if pairs else None
 
 
 def log_loss(probability: ArrayLike, labels: ArrayLike) -> float | None:

@@ -156,7 +156,13 @@ class OwnMetricRows(TypedDict):
 
 
 class CertificateRow(TypedDict):
-    """A certificate (project.exits.certificate.Certificate) and what it says."""
+    """What was promised of a plan, and whether it holds at this number of users, whatever the distribution of losses.
+
+    `estimate` is the mean loss of the plan and `bound` its upper bound at level delta; the promise is epsilon. `passed`
+    is None where nothing was tested, so that the fold has not been read, for want of users or for a `reason`.
+    `users_needed` says about how many of the `n` users would do: before a test of a plan without any loss, after a
+    failure with losses such as the plan's; None: more would not help. `words` are a sentence for a report.
+    """
 
     epsilon: float
     delta: float
@@ -191,7 +197,6 @@ class PolicyRow(TypedDict):
     """A criterion with its curve on tune; `chosen_step` of it is the budget's."""
 
     criterion: str
-    settings: Specification
     thresholds: dict[str, float | str]  # by layer; "never" and "everyone" are infinite
     calibration: dict[str, dict[str, float]]  # by layer: logit, exit_0 and offset
     pareto: list[Point]
@@ -227,7 +232,7 @@ class Calibration(TypedDict):
     """What `calibrate` finds, apart from the plan's own numbers."""
 
     policies: list[PolicyRow]
-    controls: dict[str, list[Point]]  # fixed_depth, random, oracle
+    controls: dict[str, list[Point]]  # fixed_depth, oracle
     chosen: str
     budget: dict[str, float]
     budget_words: str | None

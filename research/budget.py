@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ import polars as pl
 import torch
 
 from project.arrays import F64
-from project.exits.budget import FEWEST_USERS, TuneFold, cheapest
+from project.exits.budget import Curve, TuneFold
 from project.exits.criteria import confidence_table
 from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
+from project.exits.search import budget_step
 from project.features import FEATURES
 from project.run import SCHEMA_VERSION, replace_file, score_table
 from research.intervals import badly_served, users_of_rows
@@ -108,25 +108,23 @@ def true_auc(scores: F64, truth: F64) -> float:
     return float(positive @ (negative.cumsum() - negative) / pairs)
 
 
-def choices(tune: TuneFold) -> dict[str, TuneFold]:
+def choices(tune: TuneFold) -> dict[str, Curve]:
     """The estimate's choice, without a bound; the bound's, whatever the number of users; and the plan's."""
     made = {}
+    budget = ExitSettings.max_auc_drop
     for name in ("estimate", "bound alone"):
-        other = copy(tune)
-        other.users = FEWEST_USERS
-        other.curves = []
+        curves = []
         for curve in tune.curves:
-            step = other.step_of(curve)
+            path = curve.path
+            step = budget_step(path, curve.bounds, budget)
             if name == "estimate":
-                expected = curve.path[0].expected_auc - np.array(
-                    [s.expected_auc for s in curve.path]
-                )
-                kept = np.maximum(curve.drops, expected) <= tune.settings.max_auc_drop
+                expected = path[0].expected_auc - np.array([s.expected_auc for s in path])
+                drops = np.array([s.auc_drop for s in path])
+                kept = np.maximum(drops, expected) <= budget
                 step = int(np.flatnonzero(kept | (np.arange(len(kept)) == 0))[-1])
-            other.curves.append(replace(curve, step=step))
-        other.best = cheapest(other.curves)
-        made[name] = other
-    return made | {"plan": tune}
+            curves.append(replace(curve, chosen=path[step]))
+        made[name] = min(curves, key=lambda c: (c.chosen.cost, -c.chosen.auc))
+    return made | {"plan": tune.best}
 
 
 def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, Any]]:
@@ -136,8 +134,8 @@ def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, 
     )
     tune, rows = TuneFold(drawn.scores, drawn.features, ExitSettings()), []
     for name, made in choices(tune).items():
-        drop = true_drop(made.plan(made.best.step), fresh)
-        chosen = made.best.chosen
+        drop = true_drop(tune.plan(made), fresh)
+        chosen = made.chosen
         rows.append(
             {
                 "choice": name,
@@ -147,7 +145,7 @@ def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, 
             }
         )
     # the static exit of equal accuracy, which is chosen without a bound
-    outputs = tune.plan(0).outputs(fresh.scores, fresh.features)
+    outputs = tune.plan(tune.best).outputs(fresh.scores, fresh.features)
     head = tune.outputs.layers.index(tune.static_exit["layer"])
     full, static = (true_auc(outputs.logits[:, k].numpy(), fresh.truth) for k in (-1, head))
     about = {"estimated": tune.static_exit["auc_drop"], "cost": tune.static_exit["cost"]}

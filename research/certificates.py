@@ -105,7 +105,7 @@ def rates(
     for _ in range(draws):
         full, adaptive, labels, user = draw(world, users, strength, rng)
         if enough:
-            answers.append(certify(adaptive, full, labels, user, SETTINGS).passed)
+            answers.append(certify(adaptive, full, labels, user, SETTINGS)["passed"])
             bets.append(bool(answers[-1]))
         else:  # whether bets alone keep delta here, too
             pairs = UserPairs(labels, user)

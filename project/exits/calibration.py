@@ -54,6 +54,12 @@ def fit_calibration(
     values = logits.detach().double().cpu().numpy()
     positive = np.asarray(labels, dtype=np.float64)
     # 1. refuse what has no calibration
+    if np.unique(positive).size < 2:
+        raise DataError(
+            f"calibration needs both classes in the fold tune, found {positive.size} rows, {int(positive.sum())} "
+            "positive; use more validation data, another data.protocol.label, or "
+            "raise the second number of data.protocol.fold_shares"
+        )
     bad = ~np.isfinite(values)  # (n, K)
     constant = np.ptp(values, axis=0) == 0  # (K,)
     if bad.any():
@@ -61,11 +67,6 @@ def fit_calibration(
         raise DataError(
             f"{int(bad[:, head].sum())} of {positive.size} logits of the exit at layer {layers[head]} are NaN or "
             "infinite: the model diverged; train again with a lower model.optim.learning_rate"
-        )
-    if np.unique(positive).size < 2:
-        raise DataError(
-            f"calibration needs both classes in the fold tune, found {positive.size} rows, {int(positive.sum())} "
-            "positive; use more validation data or another data.protocol.label"
         )
     if constant.any():
         raise DataError(

@@ -10,8 +10,8 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import ClassVar, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -102,66 +102,61 @@ class OverlapPromise(CertificateSettings):
     estimand = "mean overlap_loss over users, each counting once,"
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """What was promised and whether it holds: `certificate` of results/calibrate.json.
-
-    `estimate` is the mean loss of the plan and `bound` its upper bound at level delta; the promise is epsilon. `passed`
-    is None where nothing was tested, so that the fold has not been read, for want of users or for a `reason`.
-    `users_needed` says about how many of the `n` users would do: before a test of a plan without any loss, after a
-    failure with losses such as the plan's; None: more would not help. It holds at this number of users, whatever the
-    distribution of their losses (finite-sample).
-    """
-
-    epsilon: float
-    delta: float
-    n: int
-    estimand: str
-    bound: float | None = None
-    estimate: float | None = None
-    passed: bool | None = None
-    users_needed: int | None = None
-    reason: str | None = None
-
-    def to_dict(self) -> CertificateRow:
-        """JSON values under the names above, and `words`."""
-        return cast("CertificateRow", asdict(self) | {"words": self.in_words()})
-
-    def in_words(self) -> str:
-        """One sentence for a report."""
-        promise = f"the {self.estimand} is at most {self.epsilon:g} with {100 - 100 * self.delta:.0f} % confidence"
-        if self.passed is None:
-            if self.users_needed is None:
-                return f"There is no certificate: {self.reason}."
-            return (
-                f"There is no certificate: it takes about {self.users_needed:,} users, not {self.n:,}, to show that "
-                f"{promise}, even where early exits change no score."
-            )
-        basis = f"estimate {self.estimate:.4g}, bound {self.bound:.4g}; {self.n:,} users, finite-sample"
-        if self.passed:
-            return f"The certificate passed: {promise} ({basis})."
-        need = (
-            "the estimate is not below epsilon, which more users would not cure"
-            if self.users_needed is None
-            else f"about {self.users_needed:,} users with such losses would be needed"
+def certificate_row(
+    settings: CertificateSettings,
+    n: int,
+    bound: float | None = None,
+    estimate: float | None = None,
+    passed: bool | None = None,
+    users_needed: int | None = None,
+    reason: str | None = None,
+) -> CertificateRow:
+    """The certificate with its sentence for a report."""
+    estimand = settings.estimand
+    epsilon = settings.epsilon
+    delta = settings.delta
+    promise = (
+        f"the {estimand} is at most {epsilon:g} with {100 - 100 * delta:.0f} % confidence"
+    )
+    needed = f"about {users_needed or 0:,} users"
+    if reason is not None:
+        words = f"There is no certificate: {reason}."
+    elif passed is None:
+        words = (
+            f"There is no certificate: it takes {needed}, not {n:,}, to show that {promise}, even where early exits "
+            "change no score."
         )
-        return f"The certificate did not pass: it is not shown that {promise} ({basis}); {need}."
+    else:
+        basis = f"estimate {estimate:.4g}, bound {bound:.4g}; {n:,} users, finite-sample"
+        words = f"The certificate passed: {promise} ({basis})."
+        if not passed:
+            need = f"{needed} with such losses would be needed"
+            if users_needed is None:
+                need = "the estimate is not below epsilon, which more users would not cure"
+            words = f"The certificate did not pass: it is not shown that {promise} ({basis}); {need}."
+    return {
+        "epsilon": epsilon,
+        "delta": delta,
+        "n": n,
+        "estimand": estimand,
+        "bound": bound,
+        "estimate": estimate,
+        "passed": passed,
+        "users_needed": users_needed,
+        "reason": reason,
+        "words": words,
+    }
 
 
 def not_tested(
     users: int, settings: CertificateSettings, reason: str | None = None
-) -> Certificate | None:
+) -> CertificateRow | None:
     """The certificate where there is a `reason`, or too few users for any plan to pass; else None."""
     needed = settings.users_needed() or 0
     if reason is None and users >= needed:
         return None
-    return Certificate(
-        settings.epsilon,
-        settings.delta,
-        users,
-        settings.estimand,
-        users_needed=needed if reason is None else None,
-        reason=reason,
+    return certificate_row(
+        settings, users, users_needed=None if reason else needed, reason=reason
     )
 
 
@@ -172,7 +167,7 @@ def certify(
     users: ArrayLike,
     settings: CertificateSettings,
     reason: str | None = None,
-) -> Certificate:
+) -> CertificateRow:
     """Certify the AUC gap of a plan on the n rows of the `certify` fold, unless there is a `reason` to test nothing.
 
     `emitted` (n,) are the calibrated logits that rows leave with, `full` (n,) those of the last head.
@@ -196,7 +191,7 @@ def certify(
     return _test(pairs.auc(last) - pairs.auc(adaptive), n, settings)
 
 
-def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certificate:
+def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> CertificateRow:
     """Certify a plan by its losses (users,) in the risk's range."""
     values = np.asarray(losses, dtype=np.float64)
     low, high = settings.range
@@ -213,18 +208,16 @@ def certify_losses(losses: ArrayLike, settings: CertificateSettings) -> Certific
     )
 
 
-def _test(losses: F64, n: int, settings: CertificateSettings) -> Certificate:
+def _test(losses: F64, n: int, settings: CertificateSettings) -> CertificateRow:
     """The certificate of losses as of `p_value`, but in the risk's range."""
     low, high = settings.range
     epsilon = float(settings.rescale(settings.epsilon))
     rescaled = settings.rescale(losses)
     passed = p_value(rescaled, epsilon, settings.delta) <= settings.delta
     bound = upper_bound(rescaled, epsilon, settings.delta)
-    return Certificate(
-        settings.epsilon,
-        settings.delta,
+    return certificate_row(
+        settings,
         n,
-        settings.estimand,
         bound=low + bound * (high - low),
         estimate=float(np.nanmean(losses)),
         passed=passed,

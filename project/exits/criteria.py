@@ -240,15 +240,16 @@ def out_of_fold_confidence(
 
 
 def fit_criteria(
-    unfitted: Sequence[Criterion],
-    outputs: HeadOutputs,
-    users: ArrayLike,
-    needed: Criterion | None,
+    given: Criterion | None, outputs: HeadOutputs, users: ArrayLike
 ) -> list[tuple[Criterion, Tensor]]:
-    """Criteria fitted on the rows of tune, each with its confidence there, (n, K), out-of-fold where it learns.
+    """The `given` criterion, if any, then those of this file, fitted on the rows of tune.
 
-    One that has too few rows to learn from is left out; where it is `needed`, or no other is left, that is an error.
+    Each has its confidence there, (n, K), out-of-fold where it learns. One that has too few rows to learn from is left
+    out; where it is `given`, or no other is left, that is an error.
     """
+    unfitted = [Ratio(), Consistency(), RatioConsistency(), Learned()]
+    if given is not None:
+        unfitted = [given, *(c for c in unfitted if type(c) is not type(given))]
     fitted = list[tuple[Criterion, Tensor]]()
     unfit: DataError | None = None  # of the last criterion that could not be fitted
     for one in unfitted:
@@ -262,7 +263,7 @@ def fit_criteria(
             else:
                 confidence = confidence_table(criterion, outputs)
         except DataError as error:
-            if one is needed:
+            if one is given:
                 raise
             unfit = error
             continue

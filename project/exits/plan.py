@@ -16,17 +16,11 @@ from torch import Tensor
 
 from project.arrays import F64
 from project.errors import ConfigError
-from project.exits.calibration import Calibration, fit_calibration
+from project.exits.calibration import Calibration
 from project.exits.certificate import CertificateSettings
-from project.exits.cost import row_tokens
 from project.exits.criteria import (
-    Consistency,
     Criterion,
     HeadOutputs,
-    Learned,
-    Ratio,
-    RatioConsistency,
-    StaticExit,
     name,
     try_out,
 )
@@ -74,45 +68,17 @@ class ExitSettings:
         if self.criterion is not None:
             try_out(self.criterion, self.exit_0)
 
-    @property
-    def one_exit(self) -> int | None:
-        """The layer at which everybody leaves, where the criterion is that."""
-        given = self.criterion
-        return given.layer if isinstance(given, StaticExit) else None
 
-    def criteria(self) -> list[Criterion]:
-        """The criteria to compare, the deciding one first if it is set."""
-        compared = [Ratio(), Consistency(), RatioConsistency(), Learned()]
-        if self.criterion is None:
-            return compared
-        others = (c for c in compared if type(c) is not type(self.criterion))
-        return [self.criterion, *others]
-
-
-def raw_outputs(
-    scores: pl.DataFrame, features: F64, exit_layers: list[int], exit_0: bool
-) -> HeadOutputs:
-    """Uncalibrated outputs of a score table's n rows at exit 0, where it is a head, and at these ascending layers.
+def raw_outputs(scores: pl.DataFrame, features: F64, exit_0: bool) -> HeadOutputs:
+    """Uncalibrated outputs of a score table's n rows at exit 0, where it is a head, and at its exit layers.
 
     `features` (n, F) are of the same rows.
     """
-    layers = [0, *exit_layers] if exit_0 else exit_layers
+    layers = [0] * exit_0 + exit_layers_of(scores)
     logits = torch.from_numpy(
         scores.select(f"logit_{k}" for k in layers).cast(pl.Float64).to_numpy().copy()
     )
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
-
-
-def fit_heads(
-    scores: pl.DataFrame, features: F64, exit_0: bool, prefix_cached: bool
-) -> tuple[Calibration, HeadOutputs, Tensor]:
-    """Every head's calibration on n rows, their calibrated outputs, and tokens (n,) that run in every layer."""
-    raw = raw_outputs(scores, features, exit_layers_of(scores), exit_0)
-    calibration = fit_calibration(
-        raw.logits, scores["label"].to_numpy(), raw.layers, exit_0
-    )
-    outputs = HeadOutputs(raw.layers, calibration.apply(raw.logits), raw.retrieved)
-    return calibration, outputs, row_tokens(scores, prefix_cached)
 
 
 @dataclass(frozen=True)
@@ -135,9 +101,7 @@ class ExitPlan:
 
     def outputs(self, scores: pl.DataFrame, features: F64) -> HeadOutputs:
         """Calibrated outputs of a score table's n rows with these features (n, F)."""
-        return self.calibrated(
-            raw_outputs(scores, features, [k for k in self.layers if k > 0], self.exit_0)
-        )
+        return self.calibrated(raw_outputs(scores, features, self.exit_0))
 
     def calibrated(self, raw: HeadOutputs) -> HeadOutputs:
         """The same rows with calibrated logits."""
@@ -240,53 +204,43 @@ def specification(criterion: Criterion) -> Specification:
     }
 
 
-def certified_settings(settings: ExitSettings) -> dict[str, object]:
-    """By YAML key, what is promised and what decides which policies are tested for it, in which order.
-
-    Budget and exit 0 choose these policies on `tune`: with others, another policy is tested on the same fold. What has
-    no part in the choice is left out.
-    """
-    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "lists")
-    criterion = settings.criterion
-    promise = {} if settings.certificate is None else asdict(settings.certificate)
-    return (
-        {"exits.criterion": criterion and specification(criterion)}
-        | {f"exits.{key}": getattr(settings, key) for key in keys}
-        | {f"exits.certificate.{key}": value for key, value in promise.items()}
-    )
-
-
 def admit(
     issued: Sequence[Issued],
-    settings: Mapping[str, Any],
+    settings: ExitSettings,
+    checkpoint: str,
     protocol_hash: str,
     fitting: bool = False,
 ) -> list[Issued]:
     """The ledger `issued` with one more certificate on the protocol's fold; the identical one is recorded once.
 
-    `settings` is all that decides what is tested, by YAML key, and the `checkpoint`; a key that an issued certificate
-    lacks is not held against it. Anything else on the same fold is another try, which is an error. While `fitting` it
-    is the same try with the next checkpoint, as the certificate has no part in which checkpoint is kept.
+    Noted is, by YAML key, what is promised and what decides which policies are tested for it: budget and exit 0 choose
+    these on `tune`, so with others another policy is tested on the same fold. `checkpoint` names the weights. A key
+    that an issued certificate lacks is not held against it. Anything else on the same fold is another try, which is an
+    error. While `fitting` it is the same try with the next checkpoint, as the certificate has no part in which
+    checkpoint is kept.
     """
-    new: Issued = {"protocol_hash": protocol_hash, "settings": dict(settings)}
+    criterion = settings.criterion
+    promise = {} if settings.certificate is None else asdict(settings.certificate)
+    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "lists")
+    tried: dict[str, object] = {
+        "exits.criterion": criterion and specification(criterion),
+        **{f"exits.{key}": getattr(settings, key) for key in keys},
+        **{f"exits.certificate.{key}": value for key, value in promise.items()},
+        "checkpoint": checkpoint,
+    }
     ledger = list[Issued]()
     for record in issued:
-        was = record["settings"]
-        changed = [
-            key for key, value in settings.items() if key in was and was[key] != value
-        ]
-        if record["protocol_hash"] != protocol_hash and record not in ledger:
+        if record["protocol_hash"] != protocol_hash:
             ledger.append(record)
-        if (
-            record["protocol_hash"] == protocol_hash
-            and changed
-            and not (fitting and changed == ["checkpoint"])
-        ):
+            continue
+        was = record["settings"]
+        changed = [key for key, value in tried.items() if was.get(key, value) != value]
+        if changed and not (fitting and changed == ["checkpoint"]):
             differences = ", ".join(
-                f"{key} {was[key]!r} -> {settings[key]!r}" for key in changed
+                f"{key} {was[key]!r} -> {tried[key]!r}" for key in changed
             )
             raise ConfigError(
                 f"a certificate was already issued on this certify fold with other settings ({differences}): asking "
                 "twice voids delta. Keep the settings, or train a new run and fix them before the fold is read"
             )
-    return [*ledger, new]
+    return [*ledger, {"protocol_hash": protocol_hash, "settings": tried}]

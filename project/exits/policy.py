@@ -1,4 +1,4 @@
-"""Policies: the head at which each row leaves, by a criterion with thresholds or by a control.
+"""Policies: the head at which each row leaves, by a criterion with thresholds.
 
 An engine calls `Policy.leaves` at one exit, a simulation calls `Policy.exits` on cached logits; both use `leave`.
 """
@@ -69,26 +69,3 @@ class Policy:
             exits[running[gone]] = head
             running = running[~gone]
         return exits
-
-
-def random_exits(outputs: HeadOutputs, share: float) -> Tensor:
-    """Control: at each head this share of the rows that reach it leave by lot, (n,) int64."""
-    # a lot for every row and head, also where the row has left before
-    lots = torch.rand(
-        outputs.logits.shape,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
-    return leave((lots < share).double(), lots.new_ones(outputs.heads)).to(
-        outputs.logits.device
-    )
-
-
-def oracle_exits(outputs: HeadOutputs, tolerance: float) -> Tensor:
-    """Control: rows leave at the first head whose probability is this near the last head's, (n,) int64.
-
-    It reads no labels: an upper bound for criteria that predict drift, not for accuracy.
-    """
-    # (n, K) 0 at the last head
-    drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
-    return leave(-drift, drift.new_full((outputs.heads,), -tolerance))

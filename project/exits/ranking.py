@@ -179,7 +179,7 @@ def certify_lists(
     too_few = not_tested(users, promise)
     if too_few is not None:
         for row in lists.document["lengths"]:
-            row["certificate"] = too_few.to_dict()
+            row["certificate"] = too_few
         return
     certify = score()
     for row in lists.document["lengths"]:
@@ -187,7 +187,7 @@ def certify_lists(
         exits = lists.top_k(k).exits(certify.request, certify.outputs)
         keys = list_keys(certify.outputs, exits)
         losses = user_means(1.0 - certify.overlaps(keys, k), certify.user)
-        row["certificate"] = certify_losses(losses, promise).to_dict()
+        row["certificate"] = certify_losses(losses, promise)
 
 
 def lists_in_words(document: ListRows) -> list[str | None]:

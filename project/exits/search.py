@@ -15,7 +15,7 @@ from torch import Tensor
 
 from project.arrays import F64, Bool
 from project.exits.criteria import HeadOutputs
-from project.exits.policy import leave, oracle_exits, random_exits
+from project.exits.policy import leave
 from project.metrics import auc, probabilities
 from project.results import Point
 
@@ -40,7 +40,6 @@ ORACLE_TOLERANCES = (
     0.2,
     1.0,
 )
-RANDOM_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 STATIC_TOLERANCE = 0.002
 
 
@@ -93,12 +92,12 @@ def threshold_path(
     criterion learns; `tokens` (n,) run in every layer, see `row_tokens`.
     """
     known = confidence.detach().double().cpu()  # (n, K)
-    logits = _numbers(scores)  # (n, K)
+    logits = scores.double().numpy()  # (n, K)
     truth = np.asarray(labels, dtype=np.float64)  # (n,)
     depths = np.asarray(layers, dtype=np.float64)  # (K,)
     rows = np.arange(len(logits))
     likes = _teacher(logits, truth)  # (n,) chances that a row is liked
-    weights = _numbers(tokens)  # (n,)
+    weights = tokens.double().numpy()  # (n,)
     # (n, K) what a row costs at each head, as a share of all rows at full depth
     cost = weights[:, None] * depths / (float(weights.sum() * depths[-1]) or 1.0)
 
@@ -245,12 +244,14 @@ def user_influences(
     user = np.unique(np.asarray(users), return_inverse=True)[1]  # (n,) 0 to U - 1
     # the AUC is the mean of a class's components, so a row weighs 1 / rows of its class
     pairs = np.where(positive, positive.sum(), (~positive).sum())
-    full = auc_components(_numbers(scores[:, -1]), positive)  # (n,)
+    logits = scores.double().numpy()
+    full = auc_components(logits[:, -1], positive)  # (n,)
+    rows = np.arange(len(logits))
     found = list[F64]()  # (U,) of each step
     for step in path:
-        adaptive = scores.gather(1, leave(confidence, step.thresholds)[:, None]).squeeze(1)
+        adaptive = logits[rows, leave(confidence, step.thresholds).numpy()]  # (n,)
         # (n,) how far a row's component lies from the step's mean drop
-        away = full - auc_components(_numbers(adaptive), positive) - step.auc_drop
+        away = full - auc_components(adaptive, positive) - step.auc_drop
         found.append(np.bincount(user, weights=away / pairs).astype(np.float64))
     return np.stack(found)
 
@@ -287,11 +288,6 @@ def auc_components(scores: F64, positive: Bool) -> F64:
     return found
 
 
-def _numbers(values: Tensor) -> F64:
-    found: F64 = values.detach().double().cpu().numpy()
-    return found
-
-
 def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor) -> Point:
     """Point of a Pareto curve for n rows that leave at these heads (n,): `cost`, `mean_depth`, `auc`, `auc_drop`."""
     layers = torch.tensor(outputs.layers)
@@ -309,14 +305,6 @@ def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
     }
 
 
-def static_curve(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor) -> list[Point]:
-    """Points of the static exits, where everyone leaves at one head, shallow first, each with its `layer`."""
-    return [
-        {**point(outputs, labels, tokens, torch.full((len(tokens),), head)), "layer": layer}
-        for head, layer in enumerate(outputs.layers)
-    ]
-
-
 def equal_accuracy_exit(static: Sequence[Point]) -> Point:
     """The static exit of equal accuracy: the shallowest point whose AUC is near the best one's."""
     best = max(p["auc"] or 0.0 for p in static)
@@ -329,15 +317,18 @@ def control_curves(
 ) -> dict[str, list[Point]]:
     """Curves of the controls that every policy is compared with, by name, on n labelled rows.
 
-    `fixed_depth` are the static exits, `random` goes from nobody to everybody by lot, `oracle` from strict to lax.
+    `fixed_depth` are the static exits, shallow first, each with its `layer`. Under the `oracle` rows leave at the first
+    head whose probability is near the last head's, from strict to lax: an upper bound for criteria that predict drift,
+    since no policy knows the last head. It reads no labels, so it is none for accuracy.
     """
-    lots = [
-        point(outputs, labels, tokens, random_exits(outputs, share))
-        for share in RANDOM_SHARES
-    ]
-    oracle = [
-        point(outputs, labels, tokens, oracle_exits(outputs, limit))
-        for limit in ORACLE_TOLERANCES
-    ]
-    static = static_curve(outputs, labels, tokens)
-    return {"fixed_depth": static, "random": lots, "oracle": oracle}
+    static = list[Point]()
+    for head, layer in enumerate(outputs.layers):
+        everybody = torch.full((len(tokens),), head)
+        static.append(point(outputs, labels, tokens, everybody) | {"layer": layer})
+    # (n, K) 0 at the last head
+    drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
+    oracle = list[Point]()
+    for tolerance in ORACLE_TOLERANCES:
+        exits = leave(-drift, drift.new_full((outputs.heads,), -tolerance))
+        oracle.append(point(outputs, labels, tokens, exits))
+    return {"fixed_depth": static, "oracle": oracle}

@@ -18,12 +18,12 @@ NamedAUC = tuple[str, float]
 
 COLOURS = {
     "consistency": "#0072B2", "learned": "#D55E00", "ratio": "#E69F00", "ratio_consistency": "#CC79A7",
-    "fixed_depth": "#000000", "random": "#999999", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
+    "fixed_depth": "#000000", "oracle": "#6A4C93", "plan": "#009E73", "baseline": "#555555",
 }  # fmt: skip
 """After Okabe and Ito (2008), for colour-blind readers; other criteria get OTHER_COLOURS in turn."""
 OTHER_COLOURS = ("#56B4E9", "#882255", "#44AA99", "#999933", "#332288")
 CONTROLS = {"fixed_depth": "static exit (its depth)", "oracle": "oracle (upper bound)"}
-STYLES = {"oracle": "--", "random": ":", "fixed_depth": "s-"}
+STYLES = {"oracle": "--", "fixed_depth": "s-"}
 DPI = 160
 
 
@@ -35,7 +35,7 @@ def png(figure: Figure) -> bytes:
 
 
 def pareto_figure(calibrate: CalibrateResult, baseline: NamedAUC | None = None) -> Figure:
-    """AUC on tune by share of full depth's token-layers: criteria, static exits, random, oracle, plan, best baseline.
+    """AUC on tune by share of full depth's token-layers: criteria, static exits, oracle, plan, best baseline.
 
     Costs are 0 where everyone leaves at exit 0, 1 at full depth.
     """
@@ -57,8 +57,7 @@ def pareto_figure(calibrate: CalibrateResult, baseline: NamedAUC | None = None) 
             if step["auc"] is not None:  # its depth, in the square
                 axes.text(step["cost"], step["auc"], str(step["layer"]), color="white", fontsize=7, ha="center",
                           va="center_baseline", zorder=5)  # fmt: skip
-        # random may lie outside the picture
-        levels += [] if name == "random" else path[:, 1].tolist()
+        levels += path[:, 1].tolist()
     # 2. a ring at the plan
     for policy in calibrate["policies"]:
         if policy["criterion"] != calibrate["chosen"]:

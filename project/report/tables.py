@@ -324,7 +324,7 @@ class Criterion(NamedTuple):
 def criteria_rows(calibrate: CalibrateResult) -> list[Criterion]:
     """Every criterion at its chosen step on tune, beside the shallowest static exit of no lower AUC.
 
-    Random and oracle stand at the step whose cost is nearest to the plan's.
+    The oracle stands at the step whose cost is nearest to the plan's.
     """
     steps = dict[str, Point]()
     cost = 1.0

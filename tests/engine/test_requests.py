@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from example_engine import EXITS, World, subset
+from example_engine import World, subset
 from world import call, given, sharpened, spread_exits, tiny_settings
 
 from project.api import open_run
@@ -36,7 +36,7 @@ def test_every_head_is_each_candidate_by_itself(world: World, batch_tokens: int)
     """Logits of every head to 1e-5, rows in the order of the requests, in batches of one request or of all."""
     scores = score_every_head(world.module, world.requests, batch_tokens)
     features = np.concatenate([r.retrieved for r in world.requests])
-    found = raw_outputs(scores, features, EXITS, exit_0=True)
+    found = raw_outputs(scores, features, exit_0=True)
     expected = torch.cat([o.logits for o in world.outputs])
     torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
     expected_rows = [(r.request_id, k) for r in world.requests for k in range(len(r))]

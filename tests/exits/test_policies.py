@@ -17,8 +17,8 @@ from project.exits.calibration import fit_calibration
 from project.exits.cost import request_cost, row_tokens
 from project.exits.criteria import HeadOutputs, Learned, Ratio, confidence_table
 from project.exits.plan import ExitPlan, specification
-from project.exits.policy import Policy, leave, oracle_exits, random_exits
-from project.exits.search import control_curves, equal_accuracy_exit, point, static_curve
+from project.exits.policy import Policy, leave
+from project.exits.search import control_curves, equal_accuracy_exit, point
 from project.metrics import auc
 
 NEVER, ALWAYS = torch.inf, -torch.inf
@@ -81,25 +81,6 @@ class TestPolicy:
         policy = Policy(Ratio(), limits_of(0.5), (2, 4))
         with pytest.raises(ConfigError, match=r"\(2, 4\), found \(2, 6\)"):
             policy.exits(HeadOutputs.of((2, 6), torch.zeros(1, 2)))
-
-
-class TestControls:
-    def test_random_shares(self, outputs):
-        """A share of .25 per head reached: .25 leave at head 0, .75 * .25 = .1875 at head 1, within 4 sd of 600."""
-        found = random_exits(outputs, 0.25)
-        assert (found == 0).double().mean() == pytest.approx(0.25, abs=0.071)
-        assert (found == 1).double().mean() == pytest.approx(0.1875, abs=0.064)
-        assert torch.equal(found, random_exits(outputs, 0.25))
-        assert (random_exits(outputs, 0.0) == 6).all()
-        assert (random_exits(outputs, 1.0) == 0).all()
-
-    def test_oracle_keeps_its_tolerance(self, outputs):
-        """No row leaves further from the last head than the tolerance, and none could have left earlier."""
-        found = oracle_exits(outputs, 0.03)
-        drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
-        assert (drift.gather(1, found[:, None]) <= 0.03).all()
-        earlier = torch.arange(7) < found[:, None]
-        assert (drift[earlier] > 0.03).all()
 
 
 def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
@@ -205,14 +186,12 @@ def test_curve_golden():
 
 
 def test_controls(world, outputs):
-    """Static depths are the heads' own AUCs at cost layer / 12; all controls start or end at full depth."""
+    """Static depths are the heads' own AUCs at cost layer / 12; the oracle goes from full depth to exit 0."""
     controls = control_curves(outputs, world.labels, world.tokens)
-    assert list(controls) == ["fixed_depth", "random", "oracle"]
     for k, p in enumerate(controls["fixed_depth"]):
         assert p["layer"] == p["mean_depth"] == world.layers[k]
         assert p["cost"] == pytest.approx(world.layers[k] / 12)
         assert p["auc"] == auc(outputs.logits[:, k], world.labels)
-    assert controls["random"][0]["cost"] == 1
     assert controls["oracle"][0]["auc_drop"] == pytest.approx(0, abs=1e-3)
     assert controls["oracle"][-1]["cost"] == 0
 
@@ -227,7 +206,8 @@ def test_equal_accuracy_golden():
     logits = torch.tensor(
         [[0.1, 0.0, 0.0], [0.4, 1.0, 1.0], [0.2, 2.0, 2.0], [0.5, 3.0, 3.0]]
     )
-    static = static_curve(HeadOutputs.of((2, 4, 6), logits), [0, 0, 1, 1], torch.ones(4))
+    outputs = HeadOutputs.of((2, 4, 6), logits)
+    static = control_curves(outputs, [0, 0, 1, 1], torch.ones(4))["fixed_depth"]
     assert equal_accuracy_exit(static)["layer"] == 4
     assert (
         equal_accuracy_exit([{"layer": 2, "auc": 0.998}, {"layer": 4, "auc": 1.0}])["layer"]
