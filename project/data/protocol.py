@@ -231,16 +231,10 @@ class Interactions:
     rows: pl.DataFrame
     # user Int32 (0..), user_id, then `user.NAME` Float64: those with at least one row
     users: pl.DataFrame
-    # item Int32 (0..), item_id, title, then attributes: the whole catalogue
+    # item Int32 (0..), item_id, title (or the id), then attributes: the whole catalogue
     items: pl.DataFrame
     files: dict[str, str]  # file name -> SHA-256 of what was read
-    # rows removed because they repeat the (user, item, timestamp) of another row
-    duplicates: int = 0
-    dropped: int = 0  # rows removed by the protocol's drop_ratings
-    # rows removed by its hide_items; `apply_protocol` does it, since only train rows go
-    hidden_rows: int = 0
     not_read: tuple[str, ...] = ()  # columns that nothing reads
-    items_without_title: int = 0  # these have their id as title
     # number or category, by `context.NAME` of rows and `user.NAME` of users
     columns: Mapping[str, str] = field(default_factory=dict)
     # text of a category's value, by its code
@@ -328,7 +322,7 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     items = _coded(raw.items["item_id"], "item").join(
         raw.items, on="item_id", maintain_order="left"
     )
-    untitled = items["title"].str.strip_chars() == ""
+    untitled = pl.col("title").str.strip_chars() == ""
     # 7. sort
     rows = distinct.join(users, on="user_id").join(
         items.select("item_id", "item"), on="item_id"
@@ -347,9 +341,6 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         users,
         items.with_columns(title=pl.when(untitled).then("item_id").otherwise("title")),
         dict(raw.files),
-        duplicates=labelled.height - distinct.height,
-        dropped=log.height - rated.height,
-        items_without_title=int(untitled.sum()),
         not_read=raw.not_read,
         columns=columns_of,
         texts=texts,
@@ -534,7 +525,6 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     _check_targets(rows, protocol)
     digest = _digest(rows, interactions, protocol)
     manifest = _manifest(rows, interactions, protocol, digest, dated)
-    manifest["hidden_items"] = int(items_hidden.sum())
     return SplitInteractions(interactions, rows, protocol, manifest, digest)
 
 
@@ -606,7 +596,6 @@ def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
             pl.col("user").replace_strict(users["user"], codes, return_dtype=pl.Int32),
         ),
         users=users.with_columns(user=codes),
-        hidden_rows=interactions.rows.height - rows.height,
     )
 
 
@@ -755,9 +744,8 @@ def _manifest(
     `rows` are the log's and `negatives` the sampled ones; `counts` and `positives` are of targets, `context` of other
     rows; `cold_user_share` and `cold_item_share` are shares of targets whose user or item has no train target of the
     log; `order` is "shuffled" where the log has no timestamps, and `times` (first and last) is empty then; `tie_share`
-    is that of rows that share user and timestamp with another; `hidden_items` are of the catalogue, `hidden_rows` are
-    their train rows, which are removed; `not_read` are the columns of interactions that nothing reads, `columns` what
-    `describe` says of context and users' attributes.
+    is that of rows that share user and timestamp with another; `not_read` are the columns of interactions that nothing
+    reads, `columns` what `describe` says of context and users' attributes.
     """
     log = rows.filter(answered(rows))
     targets = rows.filter(role="target")
@@ -797,10 +785,6 @@ def _manifest(
         "tie_share": float(
             log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()
         ),
-        "duplicates": interactions.duplicates,
-        "dropped": interactions.dropped,
-        "hidden_rows": interactions.hidden_rows,
-        "items_without_title": interactions.items_without_title,
         "not_read": list(interactions.not_read),
     } | (
         {"columns": describe(targets, interactions.users, interactions.columns)}

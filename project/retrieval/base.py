@@ -242,27 +242,6 @@ def _source(kind: type) -> bytes:
     return b"".join([kind.__qualname__.encode(), *codes])
 
 
-class Growing:
-    """Numbers appended one by one; looking at them costs no copy."""
-
-    def __init__(self) -> None:
-        self._room = np.empty(4, np.int64)  # (room,) of which the first `size` are filled
-        self.size = 0
-
-    @property
-    def values(self) -> I64:
-        """(size,) in the order in which they came."""
-        return self._room[: self.size]
-
-    def append(self, value: int) -> None:
-        """Add one at the end."""
-        if self.size == self._room.size:
-            # doubled, so that n appends copy at most 2 n values
-            self._room = np.concatenate([self._room, np.empty_like(self._room)])
-        self._room[self.size] = value
-        self.size += 1
-
-
 def top(values: NDArray[np.floating[Any]], count: int) -> I64:
     """Positions of the `count` largest of values (n,), largest first; equal values: the later position first."""
     if values.size > count:

@@ -36,15 +36,11 @@ def nearest(
     norm: Any,
     among: I64,
     count: int,
-    known: tuple[F32, I64, int] | None = None,
 ) -> tuple[I64, F32]:
     """Positions in `among` of at most `count` rows of largest cosine with a vector (d,), largest first, and cosines.
 
     `among` (n,) names rows of `vectors`. Of equal cosines the later position comes first. `inverse` are inverse norms
     of `vectors`, `norm` is that of `vector`. Zero vectors are left out.
-
-    Calls for one vector share their cosines by `known`, three things: a cosine for each row of `vectors`, the number of
-    the vector that each cosine was computed with, and the number of this vector.
     """
     best = np.empty(count, np.int64)  # positions, of which the first `size` are filled
     cosines = np.empty(count, np.float32)
@@ -56,19 +52,10 @@ def nearest(
         if inverse[row] == 0 or norm == 0:
             continue
         # 1. the cosine
-        cosine = np.float32(0)
-        new = True
-        if known is not None:
-            cosine = known[0][row]
-            new = known[1][row] != known[2]
-        if new:
-            product = np.float32(0)
-            for k in range(vector.size):
-                product += vectors[row, k] * vector[k]
-            cosine = product * (inverse[row] * norm)
-            if known is not None:
-                known[0][row] = cosine
-                known[1][row] = known[2]
+        product = np.float32(0)
+        for k in range(vector.size):
+            product += vectors[row, k] * vector[k]
+        cosine = product * (inverse[row] * norm)
         if cosine <= least:
             continue
         # 2. its place among the best: smaller ones move down
@@ -129,46 +116,6 @@ def put_last(raters: I64, size: int, row: int, person: int) -> int:
     raters[0, size - 1] = row
     raters[1, size - 1] = person
     return size
-
-
-@in_order
-def squared_products(
-    matrix: tuple[I64, I64, F32],
-    width: int,
-    queries: I64,
-    past: I64,
-    earlier: I64,
-) -> F64:
-    """(n, m) squared dot products of rows of a sparse matrix: `queries` (n,) by `past` (m,).
-
-    `matrix` is CSR with sorted columns, of which there are `width`. Query k meets past[: earlier[k]]; the rest is 0.
-    """
-    starts, columns, values = matrix
-    # 1. where a column's entries of the past begin, and how many have been put there
-    begins = np.zeros(width + 1, np.int64)
-    for row in past:
-        for place in range(starts[row], starts[row + 1]):
-            begins[columns[place] + 1] += 1
-    begins = np.cumsum(begins)
-    ends = begins[:-1].copy()
-    # 2. the past's entries by column, oldest row first
-    rows = np.empty(begins[-1], np.int32)
-    theirs = np.empty(begins[-1])
-    for j in range(past.size):
-        for place in range(starts[past[j]], starts[past[j] + 1]):
-            column = columns[place]
-            rows[ends[column]] = j
-            theirs[ends[column]] = values[place]
-            ends[column] += 1
-    # 3. each query meets those that share a column, in the order of its columns
-    found = np.zeros((queries.size, past.size))
-    for k in range(queries.size):
-        for place in range(starts[queries[k]], starts[queries[k] + 1]):
-            for at in range(begins[columns[place]], ends[columns[place]]):
-                if rows[at] >= earlier[k]:
-                    break
-                found[k, rows[at]] += values[place] * theirs[at]
-    return found * found
 
 
 @in_order

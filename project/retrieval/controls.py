@@ -1,5 +1,6 @@
 """Defines retrievers to compare with: none (rates only), the user's own rows on similar items."""
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from project.arrays import F32
 from project.retrieval.base import (
     NO_NEIGHBOURS,
     Edges,
-    Growing,
     Neighbours,
     Raters,
     Retriever,
@@ -51,7 +51,7 @@ class ItemKNN(Retriever):
         # one more item, which stands for any other
         self._shape = (num_users, items.height + 1)
         # by user: rows, oldest first, and their items
-        self._own: dict[int, tuple[Growing, Growing]] = {}
+        self._own = dict[int, tuple["array[int]", "array[int]"]]()
         self._likes: Any = (
             # sparse matrix (users, items) of likes before the block; None before the first
             None
@@ -88,14 +88,14 @@ class ItemKNN(Retriever):
             )
         rows, items = self._own[user]
         # (rows of the user,) cosines of the candidate with their items
-        similarity = self._cosines[item][items.values]
+        similarity = self._cosines[item][np.array(items)]
         best = top(similarity, self.neighbours)
         best = best[similarity[best] > 0]
-        return Neighbours(rows.values[best], similarity[best])
+        return Neighbours(np.array(rows)[best], similarity[best])
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Remember one row of a user."""
-        rows, items = self._own.setdefault(user, (Growing(), Growing()))
+        rows, items = self._own.setdefault(user, (array("q"), array("q")))
         rows.append(row)
         items.append(item)
 

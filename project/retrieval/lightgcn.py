@@ -2,6 +2,8 @@
 
 import warnings
 from abc import abstractmethod
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +19,6 @@ from project.retrieval.base import (
     NO_NEIGHBOURS,
     NO_SIMILAR_USERS,
     Edges,
-    Growing,
     Neighbours,
     Raters,
     Retriever,
@@ -75,7 +76,8 @@ class VectorRetriever(Retriever):
         """Forget all users' pasts and vectors."""
         self._num_users = num_users
         self._items = items
-        self._past: dict[int, Growing] = {}  # by user: twice the item, and one for a like
+        # by user: twice the item, and one for a like
+        self._past = defaultdict[int, "array[int]"](lambda: array("q"))
         # (items + 1, d) see `fit`; the last row is any other item; None in block 0
         self._weighted: F32 | None = None
 
@@ -97,10 +99,7 @@ class VectorRetriever(Retriever):
         # 2. users, whose pasts are rows of a sparse matrix (users, items + 1); each past is
         # in order of time, as
         #    `observe` adds, so that a vector does not depend on where a block starts
-        own = [
-            self._past[user].values if user in self._past else NOTHING
-            for user in range(self._num_users)
-        ]
+        own = [self._past.get(user, NOTHING) for user in range(self._num_users)]
         # (users + 1,) where each user's entries begin: CSR's row pointers
         ends = np.cumsum([0, *map(len, own)])
         past = np.concatenate([NOTHING, *own])
@@ -111,34 +110,19 @@ class VectorRetriever(Retriever):
         )
         self._vectors: F32 = pasts @ self._weighted  # (users, d)
         self._inverse = inverse_norms(self._vectors)  # (users,)
-        # 3. what `nearest` knows: cosines with the user who was asked for last, until a
-        # vector changes
-        self._asked = -1  # that user; -1 is none
-        self._requests = 0  # how often another user was asked for
-        self._cosines = np.empty_like(self._inverse)  # (users,)
-        # (users,) the request that each cosine is of
-        self._cosines_of = np.zeros(self._num_users, np.int64)
 
     def select(self, user: int, item: int, timestamp: float, raters: Raters) -> Neighbours:
         """The raters whose vectors have the largest cosine with the user's; zero vectors never match."""
         if self._weighted is None:
             return NO_NEIGHBOURS
-        known = None
-        if user == self._asked:  # candidates of one request share many raters
-            known = (self._cosines, self._cosines_of, self._requests)
-        else:
-            self._asked = user
-            self._requests += 1
-        vector = self._vectors[user]
         # zero vectors have inverse norm 0 and are left out by `nearest`
         places, cosines = nearest(
             self._vectors,
             self._inverse,
-            vector,
+            self._vectors[user],
             self._inverse[user],
             raters.user,
             self.neighbours,
-            known,
         )
         return Neighbours(raters.row[places], cosines)
 
@@ -160,22 +144,19 @@ class VectorRetriever(Retriever):
         """Answers weighted by the cosine of their items' vectors with the candidate's, if it is one of the largest."""
         if self._weighted is None or user not in self._past:
             return np.zeros((items.size, 2))
-        past = self._past[user].values
+        past = np.array(self._past[user])
         return own_votes(
             self._weighted, self._item_inverse, items, past, self.item_neighbours
         )
 
     def observe(self, row: int, user: int, item: int, label: int) -> None:
         """Add one rated item to its user's vector."""
-        if user not in self._past:
-            self._past[user] = Growing()
         self._past[user].append(2 * item + (label == 1))
         if self._weighted is not None:
             weight = 1.0 if label == 1 else DISLIKE_WEIGHT
             vector = self._vectors[user : user + 1]  # a view: the table changes
             vector += np.float32(weight) * self._weighted[item]
             self._inverse[user] = inverse_norms(vector)[0]
-            self._asked = -1
 
     def forget(self, user: int) -> None:
         """Drop a user's vector and answers."""
@@ -183,7 +164,6 @@ class VectorRetriever(Retriever):
         if self._weighted is not None:
             self._vectors[user] = 0
             self._inverse[user] = 0
-            self._asked = -1
 
 
 class Propagation(torch.autograd.Function):

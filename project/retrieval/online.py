@@ -6,6 +6,8 @@ max_raters of each, and the user's own rows. Features are made by the code that 
 the factorisation and the terms of texts are those of the last block.
 """
 
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -21,7 +23,7 @@ from project.cache import Recent
 from project.data.protocol import SplitInteractions
 from project.errors import ConfigError, DataError
 from project.features import Retrieved
-from project.retrieval.base import Growing, Retriever
+from project.retrieval.base import Retriever
 from project.retrieval.own_text import (
     term_texts,
     text_and_weight,
@@ -89,7 +91,8 @@ class FeatureIndex:
         self._size = self._rows.row_id.size
         # the retriever's codes of users that the log does not have
         self._codes: dict[int, int] = {}
-        self._own: dict[int, Growing] = {}  # by code of the user: positions of their rows
+        # by code of the user: positions of their rows
+        self._own = defaultdict[int, "array[int]"](lambda: array("q"))
         self._past = Past(retriever.max_raters)
         for row in self._as_known():
             self._keep(row)
@@ -132,7 +135,7 @@ class FeatureIndex:
         """Undo `observe` of rows, by their places in the user's past; what was fitted on them stays."""
         code = self._code(user)
         rows = self._rows
-        own = self._own[code].values
+        own = np.array(self._own[code])
         gone = own[list(places)]
         # 1. nobody reads the rows
         rows.rater[gone] = False
@@ -146,9 +149,8 @@ class FeatureIndex:
         own = own[rows.own[own]]
         self._past.take_user(code, rows, own)
         self._retriever.forget(code)
-        self._own[code] = Growing()
-        for row in own.tolist():
-            self._own[code].append(row)
+        self._own[code] = array("q", own.tolist())
+        for row in self._own[code]:
             self._tell(row)
 
     def counts(self, item: int) -> tuple[int, int]:
@@ -210,7 +212,7 @@ class FeatureIndex:
                     self._tell(row)
             answers.answer(self._past, queries)
             # 3. factorisation and text similarity, which read the user's own rows alone
-            own = self._own[code].values if code in self._own else queries[:0]
+            own = np.array(self._own[code])
             own_columns = self._own_columns(np.concatenate([own, queries]), catalogue)
             found = answers.retrieved()
             return replace(found, columns=found.columns | own_columns)
@@ -287,7 +289,7 @@ class FeatureIndex:
         """Make a row part of the past: of its item's raters, of rates, and of its user's own rows."""
         self._past.observe(self._rows, row)
         if self._rows.own[row]:
-            self._own.setdefault(int(self._rows.user[row]), Growing()).append(row)
+            self._own[int(self._rows.user[row])].append(row)
 
     def _tell(self, row: int) -> None:
         """Have the retriever observe a row."""

@@ -15,7 +15,6 @@ import numpy as np
 import polars as pl
 
 from project.arrays import F64
-from project.retrieval.compiled import squared_products
 from project.retrieval.past import WalkRows, queries_by_user
 
 # added to the sum of squared similarities, so that few similar items give a small feature
@@ -87,8 +86,6 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text = np.full(rows.row_id.size, np.nan)  # (rows,)
     weight = np.zeros(rows.row_id.size)
-    # CSR, as compiled code reads it
-    matrix = vectors.indptr, vectors.indices, vectors.data
     for every, own, all_earlier in queries_by_user(rows, "text similarity"):
         answers = rows.label[own].astype(np.float64)  # (own,)
         sums = np.cumsum(np.append(0.0, answers))  # (own + 1,) of the first k answers
@@ -99,9 +96,9 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
             # no query of the block reads more
             past = own[: int(earlier.max())]
             # 1. w_j, (queries, past): 0 where the past is not earlier
-            w = squared_products(
-                matrix, vectors.shape[1], rows.item[queries], rows.item[past], earlier
-            )
+            cosine = vectors[rows.item[queries]] @ vectors[rows.item[past]].T
+            w = np.square(cosine.toarray())
+            w[np.arange(past.size) >= earlier[:, None]] = 0
             weight[queries] = w.sum(axis=1)
             # 2. the formula on top of this file: (queries,) the mean label of each query's
             # past

@@ -23,8 +23,7 @@ from project.retrieval import (
     MatrixFactorisation,
     NoRetriever,
 )
-from project.retrieval.base import Edges, Raters
-from project.retrieval.compiled import inverse_norms, nearest
+from project.retrieval.base import Edges
 from project.retrieval.lightgcn import LightGCNModel, like_graph
 from project.retrieval.walk import fit_snapshots
 
@@ -107,34 +106,6 @@ def test_training_goes_on_from_the_block_before() -> None:
     continued, new = begun(), begun()
     continued.item_table(EDGES, 1)
     assert not np.array_equal(continued.item_table(EDGES, 2), new.item_table(EDGES, 2))
-
-
-def test_candidates_of_one_request_share_cosines_until_a_vector_changes() -> None:
-    """What `select` finds is what `nearest` finds for the user's vector: first, again, and after a rater's answer."""
-    rng, retriever = np.random.default_rng(0), LightGCN(dim=4, neighbours=3)
-    retriever.begin(30, items_table())
-    items = items_table().height
-    for row in range(300):
-        retriever.observe(
-            row, int(rng.integers(30)), int(rng.integers(items)), int(rng.integers(2))
-        )
-    retriever.start_block({"weighted": rng.normal(size=(items, 4)).astype(np.float32)}, 1)
-    before = list[Any]()
-    for turn in range(3):
-        for k in range(4):
-            others = np.sort(rng.permutation(29)[:20]) + 1
-            raters = Raters(others + 100 * k, others)
-            found = retriever.select(0, k, 9.0, raters)
-            vectors = retriever._vectors
-            inverse = inverse_norms(vectors)
-            places, cosines = nearest(vectors, inverse, vectors[0], inverse[0], others, 3)
-            assert found.row.tolist() == raters.row[places].tolist()
-            assert found.similarity.tolist() == cosines.tolist()
-        everyone = Raters(np.arange(1, 30), np.arange(1, 30))
-        before.append(retriever.select(0, 0, 9.0, everyone).similarity.tolist())
-        for other in range(1, 30):
-            retriever.observe(300 + turn, other, int(rng.integers(items)), 1)
-    assert before[0] != before[1] != before[2]
 
 
 def test_none_keeps_the_rates() -> None:
