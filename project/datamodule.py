@@ -17,7 +17,7 @@ import lightning.pytorch as L
 import numpy as np
 import polars as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from project.arrays import F32, F64
 from project.cache import default_cache, restore
@@ -319,10 +319,7 @@ class InteractionData(L.LightningDataModule):
 
     def item_encoder(self) -> MeanPooling:
         """The backbone's first layers, which embed items' texts; not kept, since it holds a model once it has read."""
-        config = AutoConfig.from_pretrained(resolve_model(self.tokenizer_name))
-        return MeanPooling(
-            self.tokenizer_name, MAX_TOKENS, min(ITEM_LAYERS, config.num_hidden_layers)
-        )
+        return MeanPooling(self.tokenizer_name, MAX_TOKENS, ITEM_LAYERS)
 
     @cached_property
     def _known_vectors(self) -> F32:
@@ -498,18 +495,16 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
 
 
 def check_reads(
-    kept: Mapping[str, Any] | None, data: InteractionData, command: str = "validate"
+    kept: Mapping[str, Any], data: InteractionData, command: str = "validate"
 ) -> None:
     """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
-        kept: `reads_of` its training; None: it is from before this was kept, and nothing is known.
+        kept: `reads_of` its training.
         data: What it would read now.
         command: What it scores. For predict the log may have grown; for test, too, where every test row is later than
             all that it was trained, chosen and calibrated on, `until`.
     """
-    if kept is None:
-        return
     now = reads_of(data)
     protocol = now.pop("protocol")
     fix = "Use the config.yaml beside the checkpoint's folder, or train a run of its own."

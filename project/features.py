@@ -76,8 +76,6 @@ class Retrieved:
         known = table.filter(count > 0)
         answer, similarity = (
             known[c].explode().cast(pl.Float64).to_numpy()
-            if c in table.columns
-            else np.zeros(int(count.sum()))
             for c in ("answers", "similarities")
         )
         return cls(columns, np.repeat(np.arange(len(count)), count), similarity, answer)

@@ -83,8 +83,7 @@ def ranked(
         )
         for user, items in found.items()
     ]
-    codes = dict(log.items.select("item_id", "item").iter_rows())
-    prepared = prepare_requests(run.model, run.data, Requests(requests, log.items, codes))
+    prepared = prepare_requests(run.model, run.data, Requests(requests, log.items))
     table = score_every_head(run.model.eval(), prepared)
     raw = table.select(f"logit_{layer}" for layer in run.plan.layers).to_torch()
     chances = probabilities(run.plan.calibration.apply(raw.double()).numpy())

@@ -207,7 +207,7 @@ def measure(run: Path, seconds: float) -> dict[str, Any]:
         WalkRows.from_log(rows),
         query=rows["row_id"].is_in(sample["row_id"].implode()).to_numpy(),
     )
-    walk(log, turns, data.split.interactions.items, cuts, snapshots, "requests")
+    walk(log, turns, data.split.interactions.items, cuts, snapshots)
     about = (
         f"Timed on {sample.height} requests of test for one candidate, {float(sample['hist'].mean()):.0f} earlier rows "
         "on average: the query's vector, the nearest raters and their vote. Vote AUC: of that vote alone on all rows "

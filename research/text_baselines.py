@@ -48,7 +48,7 @@ def answers_by_similarity(rows: WalkRows, vectors: F32) -> F64:
     The formula is that of `project.retrieval.own_text`, with another similarity.
     """
     found = np.zeros((rows.row_id.size, 2))
-    for every, own, all_earlier in queries_by_user(rows, "text baselines"):
+    for every, own, all_earlier in queries_by_user(rows):
         answers = rows.label[own].astype(np.float64)
         sums = np.cumsum(np.append(0.0, answers))
         for start in range(0, every.size, TOGETHER):

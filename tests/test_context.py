@@ -90,7 +90,7 @@ def prepared_of(run: Run, *requests: RankRequest) -> list[PreparedRequest]:
     """Requests as predict gives them to the engine."""
     catalogue = Catalogue(run.data.split.interactions.items)
     resolved = [catalogue.resolve(request) for request in requests]
-    asked = Requests(resolved, catalogue.table(), catalogue.codes)
+    asked = Requests(resolved, catalogue.table())
     return prepare_requests(run.model, run.data, asked)
 
 

@@ -39,7 +39,6 @@ def test_what_is_kept() -> None:
     edited = ItemKNN(neighbours=7)  # a source that was edited is no difference
     edited.settings = lambda: ItemKNN(neighbours=7).settings() | {"source": "abc"}  # type: ignore[method-assign]
     check_reads(kept, data(retriever=edited))
-    check_reads(None, data())  # a checkpoint that kept nothing
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The user's own log, in the user's own columns, through the main job from YAML alone.
 
 A music shop's log: other column names, ISO dates, 0/1 answers, a split column with history rows, items with attributes
-of their own. The same log as CSV with a split column, as one CSV per split and as Parquet must train the same.
+of their own. The same log with a split column and as one CSV per split must train the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ COLUMNS = {
     "label": "liked",
 }
 ITEM_COLUMNS = {"item_id": "song", "title": "name"}
-FORMS = ("csv", "files", "parquet")
 PROMPT: dict[str, Any] = {
     "instruction": "Songs and answers.\n",
     "segment": "{title} by {artist} all {item_percent} near {vote_percent}:",
@@ -89,7 +88,7 @@ def as_text(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(pl.col("heard_at").dt.strftime("%Y-%m-%dT%H:%M:%S"))
 
 
-def write_logs(folder: Path, form: str) -> dict[str, Any]:
+def write_logs(folder: Path, form: str = "csv") -> dict[str, Any]:
     """The shop's files; returns data.logs.init_args."""
     table, columns = listened(), dict(COLUMNS)
     songs().write_csv(folder / "songs.csv")
@@ -103,23 +102,18 @@ def write_logs(folder: Path, form: str) -> dict[str, Any]:
             as_text(table.filter(pl.col("part") == split).drop("part")).write_csv(name)
         return arguments | {"interactions": names, "columns": columns}
     columns["split"] = "part"
-    path = folder / f"log.{form}"
-    if form == "csv":
-        as_text(table).write_csv(path)
-    else:
-        table.write_parquet(path)
-        songs().write_parquet(folder / "songs.parquet")
-        arguments["items"] = str(folder / "songs.parquet")
+    path = folder / "log.csv"
+    as_text(table).write_csv(path)
     return arguments | {"interactions": str(path), "columns": columns}
 
 
-def write_config(folder: Path, form: str, model: Path) -> Path:
+def write_config(folder: Path, model: Path) -> Path:
     """All that a user writes."""
     config = tiny_settings(folder, model, folder, name="runs")
     config["data"] |= {
         "logs": {
             "class_path": "project.data.logs.TableLogs",
-            "init_args": write_logs(folder, form),
+            "init_args": write_logs(folder),
         },
         "protocol": {"split": "given", "label": None},
         "prompt": PROMPT,
@@ -146,7 +140,7 @@ def read_data(folder: Path, form: str, model: Path) -> InteractionData:
 
 @pytest.mark.slow
 def test_fit_and_test(run: Run, tmp_path: Path, tiny_model: Path) -> None:
-    run("fit", "--config", write_config(tmp_path, "csv", tiny_model))
+    run("fit", "--config", write_config(tmp_path, tiny_model))
     folder, table = tmp_path / "runs" / "version_0", listened()
     run("test", *given(folder))
     parts = dict(table.group_by("part").len().iter_rows())
@@ -172,7 +166,7 @@ def test_clicks_without_dates_or_answers(
     run: Run, tmp_path: Path, tiny_model: Path
 ) -> None:
     """Who and what alone is a log: rows are shuffled, negatives sampled, and both are said in the table."""
-    config = write_config(tmp_path, "csv", tiny_model)
+    config = write_config(tmp_path, tiny_model)
     listened().select("customer", "song").unique(maintain_order=True).write_csv(
         tmp_path / "log.csv"
     )
@@ -209,13 +203,12 @@ def read_form(
     return lambda form: read_data(tmp_path, form, tiny_model)
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
-def test_every_form_trains_the_same(
-    form: str, read_form: Callable[[str], InteractionData]
+def test_a_file_each_split_trains_the_same(
+    read_form: Callable[[str], InteractionData],
 ) -> None:
     """Rows, prompts and features are those of the CSV with a split column."""
     expected = read_form("csv")
-    found = read_form(form)
+    found = read_form("files")
     assert found.split.rows.equals(expected.split.rows)
     for name in ("train", "valid", "test"):
         assert found.retrieved[name].equals(expected.retrieved[name])
@@ -223,12 +216,11 @@ def test_every_form_trains_the_same(
         np.testing.assert_equal(other.tokens.values, one.tokens.values)
 
 
-@pytest.mark.parametrize("form", FORMS)
 def test_history_is_context_and_never_a_target(
-    form: str, read_form: Callable[[str], InteractionData]
+    read_form: Callable[[str], InteractionData],
 ) -> None:
     """No history row is scored in any split; later rows of its user read it, its answer included, and count it."""
-    data = read_form(form)
+    data = read_form("csv")
     rows, kinds = data.split.rows, data.split.interactions.rows["given_split"]
     history = rows.filter(kinds == "history")["row_id"].to_numpy()
     assert len(history) > 100
@@ -300,18 +292,6 @@ def test_readme_yaml_makes_a_run_that_every_command_reads(
         assert (response.status_code, len(response.json()["items"])) == (200, 2)
 
 
-def test_bad_split_column(
-    fails: Callable[..., str], tmp_path: Path, tiny_model: Path
-) -> None:
-    """A value that is no split names row, the user's own column and what is allowed."""
-    config = write_config(tmp_path, "csv", tiny_model)
-    as_text(listened().with_columns(part=pl.lit("holdout"))).write_csv(tmp_path / "log.csv")
-    said = fails("baselines", "--config", config)
-    assert all(
-        w in said for w in ("row 1", "part", "holdout", "history, train, valid, test")
-    ), said
-
-
 def test_retriever_and_factorisation_may_be_left_out(
     tiny_config: Callable[..., Path],
 ) -> None:
@@ -332,19 +312,3 @@ def test_retriever_and_factorisation_may_be_left_out(
             parser.parse_object({"data": settings | change})
         ).data
         assert (data.retriever.settings(), data.mf) == (retriever.settings(), mf)
-
-
-def test_a_dead_graph_is_a_warning_in_the_data(tmp_path: Path, tiny_model: Path) -> None:
-    """With one block LightGCN is never fitted: one line a split in the log and in what results read."""
-    files = write_logs(tmp_path, "csv")
-    data = InteractionData(
-        TableLogs(**files), protocol=Protocol(split="given", label=None), refits=1, mf=None
-    )
-    with pytest.warns(
-        UserWarning, match="LightGCN was never fitted before the .* Raise data.refits"
-    ) as said:
-        assert set(data.retrieved) == {"train", "valid", "test"}
-    not_read, *dead = data.warnings
-    assert not_read.startswith("of the interactions not read: device; list under")
-    assert [str(warning.message) for warning in said] == dead
-    assert len(dead) == 3

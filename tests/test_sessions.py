@@ -224,7 +224,7 @@ def test_the_index_and_requests_read_what_is_known(delay: int, tmp_path: Path) -
     request = RankRequest(user, None, ("1",), time=time, request_id="r")
     items = split.interactions.items
     streams = request_streams(
-        Requests([request], items, dict(items.select("item_id", "item").iter_rows())),
+        Requests([request], items),
         split,
         features.tables()["test"],
         encoder_of(split),

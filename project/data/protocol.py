@@ -23,7 +23,7 @@ from project.data.context import (
 )
 from project.data.logs import OWN_SCORE, SESSION, RawLogs, checked
 from project.data.negatives import Negatives, draw_negatives, repeated
-from project.data.tables import moments_of
+from project.data.tables import moment_of
 from project.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -112,13 +112,9 @@ class Protocol:
     def cuts(self) -> list[float] | None:
         """Seconds of the two or three dates; None where they are none, or do not ascend."""
         dates = self.dates or []
-        known = moments_of(pl.Series(dates, dtype=pl.String))
-        seconds = [known[date] for date in dates if date in known]
-        return (
-            seconds
-            if len(seconds) == len(dates) in (2, 3) and seconds == sorted({*seconds})
-            else None
-        )
+        seconds = [s for date in dates if (s := moment_of(date)) is not None]
+        ascend = seconds == sorted({*seconds})
+        return seconds if len(seconds) == len(dates) in (2, 3) and ascend else None
 
     def check(self) -> None:
         """Raise `ConfigError` for a value that cannot work; needs no data, so it can run before logs."""

@@ -8,6 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ class Requests:
 
     requests: list[RankRequest]  # in the order of the file
     items: pl.DataFrame  # the items table, followed by items that only the requests know
-    codes: Mapping[str, int]  # item id -> row of `items`
     # lines of the same file that are no request, or name unknown items
     invalid: tuple[InvalidRequest, ...] = ()
+
+    @cached_property
+    def codes(self) -> dict[str, int]:
+        """Item id -> row of `items`."""
+        return dict(self.items.select("item_id", "item").iter_rows())
 
     def table(self) -> pl.DataFrame:
         """One row a candidate: request_id, candidate_index, item_id; its position is the candidate's row id."""
@@ -228,7 +233,7 @@ def parse_requests(
         raise DataError(
             f"{file} (data.requests) holds no request; expected lines such as {EXAMPLE}."
         )
-    return Requests(requests, catalogue.table(), catalogue.codes, tuple(invalid))
+    return Requests(requests, catalogue.table(), tuple(invalid))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -544,7 +549,6 @@ def catalogue_requests(
     log = split.interactions
     items = log.items
     ids = items["item_id"].to_list()
-    codes = dict(items.select("item_id", "item").iter_rows())
     requests = list[RankRequest]()
     rows = list[tuple[Any, ...]]()  # as `SCHEMA`
     for row in targets[drawn].iter_rows(named=True):
@@ -585,7 +589,7 @@ def catalogue_requests(
             )
         )
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    return Workload(Requests(requests, items, codes), table)
+    return Workload(Requests(requests, items), table)
 
 
 def targets_for_requests(split: SplitInteractions, part: str) -> pl.DataFrame:

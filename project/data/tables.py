@@ -154,7 +154,8 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
     else:
         size = numbers(values, file, column)
         text = values.cast(pl.String)
-        seconds_of = moments_of(text.filter(size.is_null()))
+        dates = text.filter(size.is_null()).drop_nulls().unique()
+        seconds_of = {date: moment_of(date) for date in dates}
         moments = text.replace_strict(seconds_of, default=None, return_dtype=pl.Float64)
     # 2. the unit of all numbers
     unit = int(np.digitize(size.abs().max() or 0.0, EDGES))  # type: ignore[arg-type]
@@ -177,13 +178,10 @@ def times(values: pl.Series, file: str, column: str) -> pl.Series:
     return seconds.fill_null(moments).alias(values.name)
 
 
-def moments_of(texts: pl.Series) -> dict[str, float]:
-    """Seconds since 1970 of each text that is an ISO date."""
-    found = {}
-    for text in texts.drop_nulls().unique():
-        try:
-            moment = datetime.fromisoformat(text.strip().upper())
-        except ValueError:
-            continue
-        found[text] = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return found
+def moment_of(text: str) -> float | None:
+    """Seconds since 1970 of an ISO date; None of another text."""
+    try:
+        moment = datetime.fromisoformat(text.strip().upper())
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -77,7 +77,7 @@ def load_weights(
     content = read_checkpoint(checkpoint)
     # 1. what will be scored is what the run was trained to read
     if data is not None:
-        check_reads(content.get("reads"), data, "validate" if compared else "predict")
+        check_reads(content["reads"], data, "validate" if compared else "predict")
     # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
         model.vocabulary = Vocabulary(content.get("vocabulary", ()))
@@ -191,9 +191,7 @@ class Run:
                 resolved.append(catalogue.resolve(request, log.rule))
             except DataError as error:
                 raise DataError(f"request {request.request_id!r}: {error}") from None
-        requests = with_room(
-            Requests(resolved, catalogue.table(), catalogue.codes), self.data
-        )
+        requests = with_room(Requests(resolved, catalogue.table()), self.data)
         # 2. their scores
         return pl.concat(
             self.score_part(requests, part)[0] for part in parts_of(requests, PART)

@@ -76,9 +76,8 @@ def moment_requests(
         )
         answers = first.select("label", "row_id").iter_rows()
         rows += [(name, k, user, *answer) for k, answer in enumerate(answers)]
-    codes = dict(items.select("item_id", "item").iter_rows())
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    return Workload(Requests(requests, items, codes), table)
+    return Workload(Requests(requests, items), table)
 
 
 def moment_rows(

@@ -216,7 +216,7 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
     log = replace(WalkRows.from_log(readable), query=is_target.to_numpy())
     # positions in `log`; the last is not read
     place = np.full((readable.height, last), NO_ROW)
-    for queries, own, earlier in queries_by_user(log, "histories"):
+    for queries, own, earlier in queries_by_user(log):
         padded = np.append(np.full(last, NO_ROW), own)
         place[queries] = padded[earlier[:, None] + np.arange(last)]
     place = place[log.query]  # (targets, last)

@@ -47,9 +47,6 @@ class Factorisation:
         item: ArrayLike,
         label: ArrayLike,
         dim: int,
-        bias_penalty: float,
-        vector_penalty: float,
-        iterations: int,
     ) -> Factorisation:
         """Minimise log loss, summed over rows, plus half of each penalty times the squared norm, by L-BFGS.
 
@@ -70,8 +67,8 @@ class Factorisation:
         biases = int(ends[1])
         first = np.zeros(ends[-1])  # biases start at 0
         first[biases:] = 0.1 * np.random.default_rng(0).standard_normal(first.size - biases)
-        penalty = np.full(ends[-1], float(vector_penalty))  # of each parameter
-        penalty[:biases] = bias_penalty
+        penalty = np.full(ends[-1], VECTOR_PENALTY)  # of each parameter
+        penalty[:biases] = BIAS_PENALTY
 
         # the flat array's four parts, as views of their shapes
         def parts(values: F64) -> list[F64]:
@@ -106,7 +103,7 @@ class Factorisation:
 
         # 4. its minimum
         found = minimize(
-            loss, first, jac=True, method="L-BFGS-B", options={"maxiter": iterations}
+            loss, first, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}
         )
         return cls(users, items, offset, *parts(np.asarray(found.x, dtype=np.float64)))
 
@@ -150,15 +147,7 @@ class MatrixFactorisation:
                 "known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)),
                 "vectors": vectors,
             }
-        found = Factorisation.fit(
-            edges.user,
-            edges.item,
-            label,
-            self.dim,
-            BIAS_PENALTY,
-            VECTOR_PENALTY,
-            ITERATIONS,
-        )
+        found = Factorisation.fit(edges.user, edges.item, label, self.dim)
         known += found.offset
         # items without a row keep bias 0 and vector 0
         known[found.items] += found.item_bias
@@ -170,7 +159,7 @@ class MatrixFactorisation:
         logits = np.full(rows.row_id.size, np.nan)  # (rows,)
         # which block's factors a row is answered with; 0 has none
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")  # (rows,)
-        for queries, own, earlier in queries_by_user(rows, "fold-in"):
+        for queries, own, earlier in queries_by_user(rows):
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
                 # (items + 1,) and (items + 1, 1 + dim), see `_fit`
                 known = snapshots.fitted[k - 1]["known"]

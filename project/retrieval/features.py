@@ -148,7 +148,6 @@ class RetrievedFeatures:
             items,
             fitted.cuts,
             fitted.fitted,
-            "retrieved features (requests)",
         )
         chances = self.chances()
         if chances is not None:
@@ -224,14 +223,12 @@ class RetrievedFeatures:
             if name == SPLITS[-1]:
                 shutil.copy(file, folder)
             snapshots = Snapshots.load(file).fitted
-            about = f"retrieved features ({name})"
             return walk(
                 WalkRows.from_log(readable),
                 self.retriever,
                 log.items,
                 self.cuts,
                 snapshots,
-                about,
             )
 
         # lists of what similar users liked read what happened in their row's own second

@@ -86,7 +86,7 @@ def text_and_weight(rows: WalkRows, vectors: Any) -> tuple[F64, F64]:
     """What `text_similarity` tabulates, (queries,) each; NaN where it has null."""
     text = np.full(rows.row_id.size, np.nan)  # (rows,)
     weight = np.zeros(rows.row_id.size)
-    for every, own, all_earlier in queries_by_user(rows, "text similarity"):
+    for every, own, all_earlier in queries_by_user(rows):
         answers = rows.label[own].astype(np.float64)  # (own,)
         sums = np.cumsum(np.append(0.0, answers))  # (own + 1,) of the first k answers
         step = max(1, TOGETHER // max(own.size, 1))  # queries of a block

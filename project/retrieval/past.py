@@ -12,16 +12,12 @@ from itertools import islice
 
 import numpy as np
 import polars as pl
-from rich.progress import track
 
 from project.arrays import F64, I8, I64, Bool
 from project.data.protocol import answered, known_at
 from project.retrieval.base import Raters, Retriever
 from project.retrieval.compiled import put_last
 
-# rows from which on a progress bar is shown: making one takes as long as answering a
-# request
-LONG = 2**16
 SIMILAR_ITEMS = 5  # of a list of what similar users liked, at most
 NO_ROOM = np.empty((2, 0), np.int64)
 NO_RATERS = Raters(*NO_ROOM)
@@ -69,19 +65,16 @@ class WalkRows:
         return WalkRows(**{name: values[rows] for name, values in vars(self).items()})
 
 
-def queries_by_user(rows: WalkRows, description: str) -> Iterator[tuple[I64, I64, I64]]:
+def queries_by_user(rows: WalkRows) -> Iterator[tuple[I64, I64, I64]]:
     """For each user with rows to answer: their positions `queries` (n,), the past `own` (m,), and `earlier` (n,).
 
-    Row queries[j] may read own[: earlier[j]], the user's rows known strictly before it, oldest first. `description`
-    labels the progress bar, which requests do not have.
+    Row queries[j] may read own[: earlier[j]], the user's rows known strictly before it, oldest first.
     """
     # stable: each user's rows stay in order of time
     order = np.argsort(rows.user, kind="stable")
     # positions of each user's rows, oldest first
     of_user = np.split(order, np.flatnonzero(np.diff(rows.user[order])) + 1)
-    for index in (
-        track(of_user, description, transient=True) if order.size >= LONG else of_user
-    ):
+    for index in of_user:
         own = index[rows.own[index]]
         own = own[np.argsort(rows.known[own], kind="stable")]
         queries = index[rows.query[index]]

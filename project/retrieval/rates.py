@@ -219,10 +219,10 @@ class ContextRates:
                 bins = np.searchsorted(self._edges[name], value, side="right")
                 value = np.where(np.isnan(value), np.nan, bins)
             for with_part, part in parts.items():
-                mixed = _mixed(value) * np.uint64(0x9E3779B97F4A7C15) + _mixed(part)
+                hashes = pl.DataFrame([value, part]).hash_rows().to_numpy()
                 missing = np.isnan(value) | np.isnan(part)
                 found[f"{RATE}{name}{with_part}"] = np.where(
-                    missing, np.uint64(0), mixed | np.uint64(1)
+                    missing, np.uint64(0), hashes | np.uint64(1)
                 )
         return found
 
@@ -242,15 +242,6 @@ def _codes(texts: pl.Series) -> F64:
     codes = {text: code_of(text) for text in texts.unique() if text}
     found = texts.replace_strict(codes, default=None, return_dtype=pl.Float64)
     return found.to_numpy().astype(np.float64)
-
-
-def _mixed(values: F64) -> Key:
-    """Bits of numbers, mixed as splitmix64 does, so that sums of two stay apart."""
-    bits = (values + 0.0).view(np.uint64)  # -0 is 0
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: Key = bits ^ (bits >> np.uint64(31))
-    return found
 
 
 def with_context(

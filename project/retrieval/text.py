@@ -116,7 +116,7 @@ class MeanPooling:
         """The model, float32."""
         config = deepcopy(self._tokenizer[0])
         if self.num_layers is not None:
-            config.num_hidden_layers = self.num_layers
+            config.num_hidden_layers = min(self.num_layers, config.num_hidden_layers)
         config.use_cache = False
         with quiet_loading():
             model, info = _AUTO.from_pretrained(

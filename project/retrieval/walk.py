@@ -108,12 +108,10 @@ def walk(
     items: pl.DataFrame,
     cuts: F64,
     snapshots: list[Snapshot],
-    description: str = "retrieved features",
 ) -> pl.DataFrame:
     """The retrieved features table (see `features.py`) of the `query` rows, in their order.
 
-    `items` is the log's item table, `cuts` and `snapshots` are those of `Snapshots`, `description` labels the progress
-    bar.
+    `items` is the log's item table, `cuts` and `snapshots` are those of `Snapshots`.
     """
     retriever.begin(int(rows.user.max(initial=-1)) + 1, items)
     past = Past(retriever.max_raters)
@@ -143,7 +141,7 @@ def walk(
 
     with Progress(transient=True) as progress:
         for start, stop, seen, end in progress.track(
-            spans, total=starts.size, description=description
+            spans, total=starts.size, description="retrieved features"
         ):
             # 1. what came to be known since the last span
             observe(order[seen:end].tolist())

@@ -156,6 +156,17 @@ def test_a_column_that_tells_the_answer_is_named(
             DataError,
             "column device is 'phone'; expected a finite",
         ),
+        ({"own_scores": "no_such"}, DataError, "no column no_such"),
+        (
+            {"own_scores": "text"},
+            DataError,
+            r"log\.csv, row 1: column text is 'high'; expected a finite",
+        ),
+        (
+            {"own_scores": "nothing"},
+            DataError,
+            "own_scores is nothing, but no row of train has one",
+        ),
     ],
 )
 def test_errors_of_columns(
@@ -164,8 +175,9 @@ def test_errors_of_columns(
     message: str,
     write_log: Callable[..., TableLogs],
 ) -> None:
+    log = clicks().with_columns(text=pl.lit("high"), nothing=None)
     with pytest.raises(error, match=message):
-        split_of(write_log(**settings))
+        split_of(write_log(log, **settings))
 
 
 def test_a_user_stands_once(write_log: Callable[..., TableLogs], tmp_path: Path) -> None:
@@ -225,26 +237,6 @@ def test_scores_of_the_ranker_that_runs_today(write_log: Callable[..., TableLogs
     assert [line for line in found.warnings if "my_ranker" in line] == [
         "20 of 200 rows have no my_ranker (own_scores): they count as its median on train."
     ]
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("no_such", 0.0, "no column no_such"),
-        (
-            "my_ranker",
-            "high",
-            "log.csv, row 1: column my_ranker is 'high'; expected a finite",
-        ),
-        ("my_ranker", None, "own_scores is my_ranker, but no row of train has one"),
-    ],
-)
-def test_errors_of_own_scores(
-    write_log: Callable[..., TableLogs], column: str, values: object, message: str
-) -> None:
-    log = clicks().with_columns(my_ranker=pl.lit(values))
-    with pytest.raises((DataError, ConfigError), match=message):
-        split_of(write_log(log, own_scores=column))
 
 
 def test_a_reader_of_ones_own(make_logs: Callable[..., RawLogs]) -> None:

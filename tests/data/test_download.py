@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from project.cache import default_cache
 from project.data import download as sources
@@ -156,21 +157,12 @@ def test_a_pickle_with_another_name_runs_nothing(tmp_path: Path, harmful: object
 HIDDEN, HEADS, MLP, LAYERS = 32, 2, 64, 2
 
 
-def alphabet() -> list[str]:
-    """The 256 byte symbols of a byte-level tokenizer (GPT-2's table), then one merge."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return (
-        [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))] + ["no"]
-    )
-
-
 @pytest.fixture
 def tiny_gguf(tmp_path: Path) -> Path:
     """A two-layer llama with random float32 weights and a byte-level tokenizer."""
     path = tmp_path / "in" / "tiny.gguf"
     path.parent.mkdir()
-    tokens = [*alphabet(), "<end>"]
+    tokens = [*sorted(ByteLevel.alphabet()), "no", "<end>"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)

@@ -18,14 +18,12 @@ from project.data.logs import TableLogs
 from project.data.prompt import (
     LOWEST_ID,
     NUMBERS,
-    RETRIEVED_FIELDS,
     SPAN,
     STEPS_A_UNIT,
     Prompt,
     PromptEncoder,
     RatingScale,
     field_names,
-    field_showing,
     item_columns,
     number_ids,
     read_number_ids,
@@ -58,6 +56,7 @@ RETRIEVED = pl.DataFrame(
         "vote": [0.25, None],
         "neighbour_count": [4, 0],
         "answers": [[1, 0, 0, 0], []],
+        "similarities": [[0.5, 0.5, 0.5, 0.5], []],
     }
 )
 
@@ -432,16 +431,3 @@ def test_segments_hold_one_token_a_field() -> None:
     found = encoder.encode(np.array([0, 1]), table, np.array([1, -1], dtype=np.int8)).tokens
     assert found[0].tolist() == [*map(ord, "Alien "), mf[0], rates[0], *map(ord, ": yes")]
     assert found[1].tolist() == [*map(ord, "Brazil {1} "), mf[1], rates[1], ord(":")]
-
-
-@pytest.mark.parametrize("column", ["mf", "item_similarity"])
-def test_which_field_tells_a_column(column: str) -> None:
-    fields = [name for name, told in RETRIEVED_FIELDS.items() if told == column]
-    for field in [*fields, f"{column}_number"]:
-        assert (
-            field_showing(Prompt(segment="{title}{" + field + "}:"), column)
-            == "{" + field + "}"
-        )
-    both = "{item_number+" + column + "_number}"
-    assert field_showing(Prompt(segment="{title}" + both + ":"), column) == both
-    assert field_showing(Prompt(segment="{title}{item_number}:"), column) is None

@@ -144,7 +144,7 @@ class World:
 
     def serve(self, asked: list[RankRequest]) -> Streams:
         items = self.split.interactions.items
-        requests = Requests(asked, items, dict(items.select("item_id", "item").iter_rows()))
+        requests = Requests(asked, items)
 
         features = RetrievedFeatures(self.split, RETRIEVER, REFITS, self.cache)
         tables = self.retrieved["test"]

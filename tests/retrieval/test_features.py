@@ -387,7 +387,7 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
     np.testing.assert_allclose(without, [[rates, 0]] * 2, atol=1e-6)
 
 
-def factorised(vector_penalty: float = 1.0):
+def factorised():
     """A model, logits of 2,000 rows and the rows; a user's and an item's sign make the label, 1,500 rows are fitted."""
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 30, 2000), rng.integers(0, 20, 2000)
@@ -396,22 +396,26 @@ def factorised(vector_penalty: float = 1.0):
         rng.random(2000) < 1 / (1 + np.exp(-2 * user_sign[user] * item_sign[item]))
     ).astype(int)
     train = np.arange(2000) < 1500
-    model = Factorisation.fit(
-        user[train], item[train], label[train], 4, 2.0, vector_penalty, 500
-    )
+    model = Factorisation.fit(user[train], item[train], label[train], 4)
     dot = (model.user_vectors[user] * model.item_vectors[item]).sum(1)
     logits = model.offset + model.user_bias[user] + model.item_bias[item] + dot
     return model, logits, (user, item, label, train)
 
 
-def test_factorisation_is_stationary_and_finds_what_biases_cannot() -> None:
+def test_factorisation_is_stationary_and_finds_what_biases_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """At the minimum penalty * b = sum of (label - p) over its rows; with vectors held at 0 held-out AUC is near .5."""
+    constants = {"BIAS_PENALTY": 2.0, "VECTOR_PENALTY": 1.0, "ITERATIONS": 500}
+    for name, value in constants.items():
+        monkeypatch.setattr(f"project.retrieval.factorisation.{name}", value)
     model, logits, (user, item, label, train) = factorised()
     left = label - 1 / (1 + np.exp(-logits))
     for codes, bias in ((user, model.user_bias), (item, model.item_bias)):
         pull = np.bincount(codes[train], left[train])
         np.testing.assert_allclose(2.0 * bias, pull, atol=0.05)
         assert np.abs(pull).max() > 1
-    held = factorised(vector_penalty=1e6)[1]
+    monkeypatch.setattr("project.retrieval.factorisation.VECTOR_PENALTY", 1e6)
+    held = factorised()[1]
     assert auc(logits[~train], label[~train]) > 0.8  # type: ignore[operator]
     assert auc(held[~train], label[~train]) < 0.6  # type: ignore[operator]

@@ -169,11 +169,11 @@ def test_impossible_settings_are_refused(kind: Any, name: str, value: float) -> 
 def test_a_prompt_needs_the_features_it_shows(tmp_path: Path) -> None:
     logs = TableLogs(str(tmp_path / "logs.csv"), str(tmp_path / "items.csv"))
     item_similarity = Prompt(segment="{title} {item_similarity_percent}:")
-    mf = Prompt(segment="{title}{mf_number}:")
-    with pytest.raises(ConfigError, match="item_neighbours"):
+    mf = Prompt(segment="{title}{item_number+mf_number}:")
+    with pytest.raises(ConfigError, match=r"{item_similarity_percent}.*item_neighbours"):
         InteractionData(logs, retriever=LightGCN(), prompt=item_similarity)
     # the latter compares no items, and shows "?"
     for retriever in (LightGCN(item_neighbours=30), ItemKNN()):
         InteractionData(logs, retriever=retriever, prompt=item_similarity)
-    with pytest.raises(ConfigError, match=r"data\.mf is null"):
+    with pytest.raises(ConfigError, match=r"{item_number\+mf_number}.*data\.mf is null"):
         InteractionData(logs, retriever=ItemKNN(), prompt=mf, mf=None)

@@ -159,7 +159,7 @@ def test_rates_and_own_rows_equal_a_filter_over_the_log(seed: int) -> None:
     }
     own = {  # by row, its user's earlier ones
         int(query): past[:count].tolist()
-        for queries, past, earlier in queries_by_user(WalkRows.from_log(rows), "")
+        for queries, past, earlier in queries_by_user(WalkRows.from_log(rows))
         for query, count in zip(queries, earlier, strict=True)
     }
     for k, got in enumerate(found.to_dicts()):
