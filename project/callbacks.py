@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -70,7 +70,6 @@ from project.run_folder import current_run, point_latest, run_folder
 from project.tracking import log_config, log_report, log_result
 
 if TYPE_CHECKING:
-    from project.data.batch import Batch
     from project.datamodule import InteractionData
     from project.model.module import ExitRecommender
 
@@ -192,8 +191,7 @@ class ExitCalibration(L.Callback):
         self.plans = plans = replace(plans, lists=lists)
         # 3. what the plan does on tune
         tune = (scores["fold"] == "tune").to_numpy()
-        cached = self.settings.prefix_cached
-        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune], cached)
+        rows = PlannedRows(plans.plan, scores.filter(tune), features[tune])
         result: CalibrateResult = {
             **result_head(
                 "calibrate", data.split.manifest, str(folder / "config.yaml"), data.seed
@@ -270,7 +268,6 @@ class ExitCalibration(L.Callback):
             self.plans.plan,
             scores.filter(fold),
             features[fold],
-            self.settings.prefix_cached,
             draws=2,
         )
         summary = rows.summary(self.plans.static_exit)
@@ -321,27 +318,7 @@ class ResultFiles(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of training."""
-        self._started = self._batch_ended = time.perf_counter()
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        """Log the deepest layer's learning rate, and the targets a second of all processes, without validation."""
-        now = time.perf_counter()
-        rates = {
-            group["name"].split("/")[0]: group["lr"]
-            for group in trainer.optimizers[0].param_groups
-        }
-        deepest = f"layer_{cast('ExitRecommender', pl_module).depth}"
-        pl_module.log("train/learning_rate", rates.get(deepest, min(rates.values())))
-        targets = len(batch.label) * trainer.world_size
-        pl_module.log("train/targets_per_s", targets / (now - self._batch_ended))
-        self._batch_ended = now
+        self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock of training, validation left out; write the result of fit."""
@@ -358,7 +335,6 @@ class ResultFiles(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores of validation; in validate, its result, too."""
-        self._batch_ended = time.perf_counter()
         if trainer.sanity_checking:
             return
         self._stop_clock(trainer, "validate")
@@ -443,7 +419,6 @@ class ResultFiles(L.Callback):
             chosen if chosen > 0 else None,
             calibration.plans,
             module.feature_baseline().base,
-            calibration.settings.prefix_cached,
             self.metric,
             moment,
         )

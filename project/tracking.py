@@ -1,70 +1,15 @@
-"""Weights & Biases: the logger, and what of a run goes there: configuration, numbers, checkpoints and reports."""
+"""Weights & Biases: what of a run goes there beside curves and checkpoints: configuration, numbers and reports."""
 
 from __future__ import annotations
 
-import netrc
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 import lightning.pytorch as L
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 from project.results import ScoredResult
 from project.run_folder import run_folder
-
-CLOUD = "https://api.wandb.ai"
-
-
-class Tracking(WandbLogger):
-    """Weights & Biases, online where a key is known, offline elsewhere; `wandb sync` uploads an offline run later.
-
-    Args:
-        project: Name of the project there.
-        save_dir: Folder in which W&B makes its own folder `wandb`.
-        offline: Whether to stay offline; default: where no key is known and WANDB_MODE does not say otherwise.
-        log_model: Whether to send the best and the latest checkpoint of a fit; a run without a key sends none.
-        **kwargs: As for Lightning's WandbLogger.
-    """
-
-    def __init__(
-        self,
-        project: str,
-        save_dir: str = "runs",
-        offline: bool | None = None,
-        log_model: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        if offline is None:
-            offline = "WANDB_MODE" not in os.environ and not key_is_known()
-            if offline:
-                rank_zero_info(
-                    "W&B: no key is known, so this run is offline; `wandb sync` uploads it later"
-                )
-        super().__init__(
-            project=project,
-            save_dir=save_dir,
-            offline=offline,
-            # Lightning sends no checkpoints of an offline run
-            log_model=log_model and not offline,
-            **kwargs,
-        )
-
-
-def key_is_known() -> bool:
-    """Whether W&B would find a key: in WANDB_API_KEY, in WANDB_IDENTITY_TOKEN_FILE, or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    # the netrc file has keys by host
-    host = urlparse(os.environ.get("WANDB_BASE_URL", CLOUD)).hostname or ""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:

@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, whole files or none, checkpoints, score tables, results, and what W&B gets."""
+"""What a run leaves: its folder, whole files or none, checkpoints, score tables and results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from project.run import (
     write_table,
 )
 from project.run_folder import RunLogger, WholeCheckpoints
-from project.tracking import Tracking
 from project.trainer import ProjectTrainer
 
 WANDB = Path(__file__).parents[1] / "configs" / "overlays" / "wandb.yaml"
@@ -151,7 +150,7 @@ def test_own_yaml_needs_no_trainer(
     made: Callable[..., Trainer], tiny_config: Config, tmp_path: Path, extra: str
 ) -> None:
     """Runs go to runs/NAME of the first file, also beside W&B alone; one epoch, clipped, logged every five steps."""
-    tracking = {"class_path": "project.tracking.Tracking", "init_args": {"project": "p"}}
+    tracking = {"class_path": "WandbLogger", "init_args": {"project": "p"}}
     said = {"W&B": {"logger": tracking}, "no logger": {"logger": False}}.get(extra, {})
     config = tiny_config(trainer={"accelerator": "cpu"} | said).rename(
         tmp_path / "own.yaml"
@@ -160,7 +159,7 @@ def test_own_yaml_needs_no_trainer(
         "fit", "--config", config, *(("--config", WANDB) if extra == "overlay" else ())
     )
     kinds = {"nothing": ["RunLogger"], "no logger": []}.get(
-        extra, ["RunLogger", "Tracking"]
+        extra, ["RunLogger", "WandbLogger"]
     )
     assert [type(x).__name__ for x in trainer.loggers] == kinds
     assert all(
@@ -351,41 +350,3 @@ def test_run_of_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run_of_checkpoint("checkpoints/last.ckpt") == run
     monkeypatch.chdir(run / "checkpoints")
     assert run_of_checkpoint("last.ckpt") == run
-
-
-@pytest.mark.parametrize(
-    ("key", "mode", "said", "offline"),
-    [
-        ("none", None, None, True),  # nobody said anything
-        ("environment", None, None, False),
-        ("netrc of another host", None, None, True),
-        ("netrc", None, None, False),
-        ("none", "online", None, False),  # WANDB_MODE was said: W&B itself asks for the key
-        ("environment", None, True, True),  # what YAML says comes first
-        ("none", None, False, False),
-    ],
-)
-def test_offline_by_default_without_a_key(
-    key: str,
-    mode: str | None,
-    said: bool | None,
-    offline: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    for name in (
-        "WANDB_API_KEY",
-        "WANDB_IDENTITY_TOKEN_FILE",
-        "WANDB_BASE_URL",
-        "WANDB_MODE",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    if key == "environment":
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    elif key != "none":
-        host = "api.wandb.ai" if key == "netrc" else "wandb.example.org"
-        (tmp_path / "netrc").write_text(f"machine {host} login user password 0000\n")
-    if mode:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    assert Tracking("p", save_dir=str(tmp_path), offline=said)._offline == offline

@@ -193,7 +193,6 @@ def scored_rows(
     chosen_exit: int | None,
     plans: Plans | None,
     base: float,
-    prefix_cached: bool,
     metric: OwnMetric | None,
     moment: tuple[pl.DataFrame, F64] | None,
 ) -> ScoredRows:
@@ -227,7 +226,7 @@ def scored_rows(
     with_exit_0 = None
     if plans is not None:
         features = data.features_of(part, base)
-        planned = PlannedRows(plans.plan, part, features, prefix_cached)
+        planned = PlannedRows(plans.plan, part, features)
         by_name["plan"] = planned.logit
         for row in found["exits"]:
             if row["layer"] in plans.plan.layers:
@@ -374,7 +373,7 @@ def own_metric(
 class PlannedRows:
     """Labelled rows of a score table under a plan: where each leaves, with which logit, at which cost.
 
-    `features` are (n, F) of the same rows; where prefix_cached, a request's history costs nothing; `draws` resamples of
+    `features` are (n, F) of the same rows; `draws` resamples of
     users stand behind every interval.
     """
 
@@ -383,7 +382,6 @@ class PlannedRows:
         plan: ExitPlan,
         scores: pl.DataFrame,
         features: F64,
-        prefix_cached: bool,
         draws: int = 1000,
     ) -> None:
         outputs = plan.outputs(scores, features)
@@ -396,7 +394,7 @@ class PlannedRows:
         self.layer: I64 = layer.numpy()
         self.logit: F64 = logit.double().numpy()
         # (n,) tokens that run in every layer
-        self._tokens: F64 = row_tokens(scores, prefix_cached).double().numpy()
+        self._tokens: F64 = row_tokens(scores).double().numpy()
         self._bootstrap = UserBootstrap(self.users, draws)
 
     def calibrated_metrics(self, layer: int) -> Calibrated:

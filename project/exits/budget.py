@@ -82,7 +82,7 @@ class TuneFold:
         fitted = fit_criteria(given, self.outputs, users)
         competing = len(fitted) if given is None else 1
         # 3. the controls on the same rows
-        tokens = row_tokens(scores, settings.prefix_cached)  # (n,)
+        tokens = row_tokens(scores)  # (n,)
         self.controls = control_curves(self.outputs, labels, tokens)
         self.static_exit = equal_accuracy_exit(self.controls["fixed_depth"])
         # 4. few users allow no early exit within a bounded AUC drop; at alpha .5 no bound is asked for

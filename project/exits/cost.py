@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 
-def row_tokens(scores: pl.DataFrame, prefix_cached: bool) -> Tensor:
-    """Tokens (n,) that each row runs a layer as a request of its own: its segment's, and the history's unless cached.
+def row_tokens(scores: pl.DataFrame) -> Tensor:
+    """Tokens (n,) that each row runs a layer as a request of its own: its segment's and the history's.
 
     A row that leaves at layer k costs k times as many token-layers.
     """
-    own = scores["target_tokens"].to_torch()
-    return own if prefix_cached else own + scores["stream_tokens"].to_torch()
+    return scores["target_tokens"].to_torch() + scores["stream_tokens"].to_torch()
 
 
 def request_cost(

@@ -40,7 +40,6 @@ class ExitSettings:
             not.
         max_auc_drop: Budget: AUC on `tune` that may be lost against full depth.
         alpha: Budget: chance that the AUC drop is above max_auc_drop after all, in (0, 0.5]; less is slower.
-        prefix_cached: The keys and values of a request's history are cached, so that its tokens cost nothing.
         certificate: What is promised, and tested on the `certify` fold; None makes no certificate.
         lists: Requests of the folds tune and certify, as many of each, that lists of the best k are fitted and
             certified on; 0 fits none.
@@ -50,7 +49,6 @@ class ExitSettings:
     exit_0: bool = True
     max_auc_drop: float = 0.002
     alpha: float = 0.1
-    prefix_cached: bool = False
     certificate: CertificateSettings | None = field(default_factory=CertificateSettings)
     lists: int = 100
 
@@ -221,7 +219,7 @@ def admit(
     """
     criterion = settings.criterion
     promise = {} if settings.certificate is None else asdict(settings.certificate)
-    keys = ("exit_0", "prefix_cached", "max_auc_drop", "alpha", "lists")
+    keys = ("exit_0", "max_auc_drop", "alpha", "lists")
     tried: dict[str, object] = {
         "exits.criterion": criterion and specification(criterion),
         **{f"exits.{key}": getattr(settings, key) for key in keys},

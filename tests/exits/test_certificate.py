@@ -274,7 +274,6 @@ class TestLedger:
             ("criterion", {"criterion": StaticExit(2)}),
             ("exit_0", {"exit_0": False}),
             ("max_auc_drop", {"max_auc_drop": 0.01}),
-            ("prefix_cached", {"prefix_cached": True}),
             ("certificate.epsilon", {"certificate": CertificateSettings(epsilon=0.1)}),
             ("certificate.delta", {"certificate": CertificateSettings(delta=0.2)}),
         ],

@@ -21,7 +21,7 @@ from project.report.report import read_run, write_report
 
 @pytest.fixture(scope="module")
 def example():
-    return results(400)
+    return results()
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ class TestWhole:
             for content in files.values():
                 content["protocol"] = content["protocol"] | {"name": evil}
                 for row in content.get("baselines", []):
-                    row["name"] = evil if row["name"] == "gbdt_features" else row["name"]
+                    row["name"] = evil if row["name"] == "gbdt_text" else row["name"]
                 if "best_baseline" in content:
                     content["best_baseline"] = evil
 
@@ -175,8 +175,9 @@ class TestMissing:
         text = run(["test"], edit=edit)
         assert "On the tune fold of validation" in text
         assert ".1111" not in text
-        share = example["calibrate"]["adaptive"]["exit_shares"]["2"]
-        assert f"| {100 * share:.1f} % | – |" in text
+        share = example["calibrate"]["adaptive"]["exit_shares"]["6"]
+        leaving = example["fit"]["exits"][-1]["auc_leaving"]
+        assert f"| {100 * share:.1f} % | {number(leaving)} |" in text
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -204,17 +205,11 @@ class TestInput:
 def test_best_baseline_of_the_same_rows(run, tmp_path, example):
     """The baseline line of the Pareto picture is the tune fold's, that of the depth picture is test's."""
     run()
-    best = {
-        command: next(
-            row["auc"]
-            for row in example[command]["baselines"]
-            if row["name"] == "gbdt_features"
-        )
-        for command in ("fit", "test")
-    }
     read = read_run(tmp_path / "run")
-    assert read.baseline("valid", "tune") == ("gbdt_features", best["fit"])
-    assert read.baseline("test", None) == ("gbdt_features", best["test"])
+    for command, part in (("fit", ("valid", "tune")), ("test", ("test", None))):
+        name = example[command]["best_baseline"]
+        aucs = {row["name"]: row["auc"] for row in example[command]["baselines"]}
+        assert read.baseline(*part) == (name, aucs[name])
     assert read.baseline("valid", "select") is None
 
 
