@@ -211,7 +211,7 @@ def export(run: Path, folder: Path) -> Path:
         if (run / SEEN).exists():
             shutil.copy(run / SEEN, part)
         card = render_card(
-            results, bundle, backbone.config.model_type, plans.plan.criterion
+            results, bundle, backbone.config.model_type, plans.plan.criterion_name
         )
         (part / "README.md").write_text(card, encoding="utf-8")
         os.replace(part, folder)

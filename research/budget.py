@@ -155,7 +155,7 @@ def pipeline(users: int, world: str, seed: int, fresh: World) -> list[dict[str, 
 def true_drop(plan: ExitPlan, fresh: World) -> float:
     """AUC of full depth minus the plan's, by the truth."""
     outputs = plan.outputs(fresh.scores, fresh.features)
-    exits = leave(confidence_table(plan.policy.criterion, outputs), plan.policy.thresholds)
+    exits = leave(confidence_table(plan.criterion, outputs), plan.thresholds)
     full, adaptive = outputs.logits[:, -1], outputs.logits.gather(1, exits[:, None])[:, 0]
     return true_auc(full.numpy(), fresh.truth) - true_auc(adaptive.numpy(), fresh.truth)
 

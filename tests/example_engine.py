@@ -15,7 +15,6 @@ from project.engine import PreparedRequest, StreamTokens
 from project.exits.calibration import Calibration
 from project.exits.criteria import Criterion, HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.layout import Layout
 from project.model.backbone import Backbone
 from project.model.module import ExitRecommender, LoraSettings, add_lora
@@ -74,10 +73,8 @@ class World:
             confidence = criterion.confidence(together.until(head))
             finite = confidence[confidence.isfinite()]
             thresholds.append(_between(finite, quantile) if len(finite) else torch.inf)
-        policy = Policy(
-            criterion, torch.tensor([*thresholds, -torch.inf], dtype=torch.float64), layers
-        )
-        return ExitPlan(calibration, policy, exit_0)
+        limits = torch.tensor([*thresholds, -torch.inf], dtype=torch.float64)
+        return ExitPlan(calibration, criterion, limits)
 
     def calibrated(self, plan: ExitPlan, request: int) -> HeadOutputs:
         """Calibrated outputs of one request's candidates."""
@@ -98,8 +95,8 @@ def _between(confidence: torch.Tensor, share: float) -> float:
 
 def with_thresholds(plan: ExitPlan, thresholds: Sequence[float]) -> ExitPlan:
     """The same calibration, and the most probable class's chance against other thresholds."""
-    policy = Policy(Ratio(), torch.tensor(thresholds, dtype=torch.float64), plan.layers)
-    return replace(plan, policy=policy)
+    limits = torch.tensor(thresholds, dtype=torch.float64)
+    return replace(plan, criterion=Ratio(), thresholds=limits)
 
 
 def random_request(

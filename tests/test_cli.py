@@ -239,9 +239,7 @@ def test_simulated_equals_heads(run: Run, fitted: Path) -> None:
     outputs = plan.outputs(scores, feature_matrix(rows, base))
     for row in range(len(scores)):
         alone = outputs.rows(torch.tensor([row]))
-        head = next(
-            k for k in range(len(plan.layers)) if plan.policy.leaves(alone.until(k))
-        )
+        head = next(k for k in range(len(plan.layers)) if plan.leaves(alone.until(k)))
         assert scores["exit_layer"][row] == plan.layers[head]
         assert scores["adaptive_logit"][row] == pytest.approx(
             float(alone.logits[0, head]), abs=1e-5

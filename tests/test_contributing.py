@@ -212,7 +212,7 @@ def test_fit_with_all_five(
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert any(name.endswith("mix.weight") for name in checkpoint["state_dict"])
     plan = ExitPlan.from_state(checkpoint["exit_plans"]["plan"])
-    assert isinstance(plan.policy.criterion, package.Margin)
+    assert isinstance(plan.criterion, package.Margin)
     # as in a new process: the run's own config.yaml brings it
     monkeypatch.delitem(sys.modules, "my_package")
     with pytest.raises(ConfigError, match=r"my_package\.Margin"):

@@ -24,7 +24,6 @@ from project.engine import Engine, RowExits
 from project.exits.calibration import Calibration
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.model.module import ExitRecommender
 from project.retrieval import ItemKNN, LightGCN, RetrievedFeatures
 from project.retrieval.factorisation import MatrixFactorisation
@@ -173,9 +172,7 @@ def test_engine() -> None:
         [[1.0, 0.0, 0.0]] + [[1.0, 0.3, -0.1]] * len(EXITS), dtype=torch.float64
     )
     thresholds = torch.tensor([0.8, 0.8, 0.8, 0.8, -torch.inf], dtype=torch.float64)
-    plan = ExitPlan(
-        Calibration(layers, values), Policy(Ratio(), thresholds, layers), exit_0=True
-    )
+    plan = ExitPlan(Calibration(layers, values), Ratio(), thresholds)
     (scored,) = Engine(seeded(make_module()), RowExits(plan)).score([request])
     assert scored.exit_layers.tolist() == [2, 0, 0, 3, 0, 5, 0]
     assert scored.logits.tolist() == pytest.approx(

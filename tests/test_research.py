@@ -23,7 +23,6 @@ from project.engine import Engine, PreparedRequest, RowExits, StreamTokens
 from project.exits.calibration import Calibration
 from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.metrics import auc
 from project.report.tables import render
 from project.retrieval import LightGCN
@@ -112,10 +111,9 @@ def test_the_library_has_the_engines_logits(
     calibration = Calibration(
         (LAYERS,), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     )
-    policy = Policy(Ratio(), torch.tensor([-torch.inf], dtype=torch.float64), (LAYERS,))
-    ours = Engine(module, RowExits(ExitPlan(calibration, policy, exit_0=False))).score(
-        requests
-    )
+    nobody = torch.tensor([-torch.inf], dtype=torch.float64)
+    plan = ExitPlan(calibration, Ratio(), nobody)
+    ours = Engine(module, RowExits(plan)).score(requests)
     theirs = (
         library.Pointwise(module)
         if cached is None

@@ -159,7 +159,7 @@ class Bench:
         plan = self.plans.plan
         decision = RowExits(plan, self._device)
         made = Configuration(
-            "early_exit", f"budget: {plan.criterion}", self._engine(decision, cache)
+            "early_exit", f"budget: {plan.criterion_name}", self._engine(decision, cache)
         )
         self._judge(made, lambda outputs: plan.emitted(outputs)[1], scored)
         found.append(made)

@@ -1,6 +1,6 @@
 """Decides who leaves at an exit: by a calibrated plan, candidate by candidate, or by the list that a request asks for.
 
-Both call the code that a simulation on cached scores calls (`Policy.leaves`, `TopK.stays`), on the device, with the
+Both call the code that a simulation on cached scores calls (`ExitPlan.leaves`, `TopK.stays`), on the device, with the
 fitted tensors moved there once.
 """
 
@@ -19,7 +19,6 @@ from project.errors import ConfigError
 from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs, Ratio
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.exits.ranking import Lists
 
 
@@ -35,7 +34,7 @@ class RowExits:
         self._plan = ExitPlan.from_state(
             move_data_to_device(plan.state(), torch.device(device))
         )
-        self._thresholds: list[float] = plan.policy.thresholds.tolist()  # (K,)
+        self._thresholds: list[float] = plan.thresholds.tolist()  # (K,)
         self.layers = self._plan.layers
         self.calibration = self._plan.calibration
 
@@ -48,11 +47,11 @@ class RowExits:
         return {torch.inf: False, -torch.inf: True}.get(self._thresholds[head])
 
     def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
-        """Which of m running candidates leave at the last head shown, (m,) bool, by `Policy.leaves`.
+        """Which of m running candidates leave at the last head shown, (m,) bool, by `ExitPlan.leaves`.
 
         `request` (m,) is the request of each, not decreasing; outputs are calibrated, heads 0..k.
         """
-        return self._plan.policy.leaves(outputs)
+        return self._plan.leaves(outputs)
 
 
 class ListExits(RowExits):
@@ -77,7 +76,7 @@ class ListExits(RowExits):
         return found.pop() if len(found) == 1 else None
 
     def leaves(self, request: Tensor, list_of: I64, outputs: HeadOutputs) -> Tensor:
-        """(m,) bool by `TopK.stays` for each length of list, by `Policy.leaves` for the others."""
+        """(m,) bool by `TopK.stays` for each length of list, by `ExitPlan.leaves` for the others."""
         head = outputs.heads - 1
         leaves = torch.zeros_like(request, dtype=torch.bool)
         for k in np.unique(list_of).tolist():
@@ -132,13 +131,11 @@ def static_exits(
     thresholds = torch.full((len(heads),), torch.inf, dtype=torch.float64)
     thresholds[-1] = -torch.inf
     calibration = Calibration(layers, plan.calibration.values[heads])
-    return RowExits(
-        ExitPlan(calibration, Policy(Ratio(), thresholds, layers), plan.exit_0), device
-    )
+    return RowExits(ExitPlan(calibration, Ratio(), thresholds), device)
 
 
 def nobody_leaves(plan: ExitPlan) -> ExitPlan:
     """The same heads and calibration, everyone at the last: full depth, which a deadline can cut at every head."""
-    thresholds = torch.full_like(plan.policy.thresholds, torch.inf)
+    thresholds = torch.full_like(plan.thresholds, torch.inf)
     thresholds[-1] = -torch.inf
-    return replace(plan, policy=Policy(plan.policy.criterion, thresholds, plan.layers))
+    return replace(plan, thresholds=thresholds)

@@ -424,7 +424,7 @@ class PlannedRows:
         affordable = [k for k in self.plan.layers if k * self._tokens.sum() <= total]
         equal_cost = affordable[-1] if affordable else self.plan.layers[0]
         return {
-            "criterion": self.plan.criterion,
+            "criterion": self.plan.criterion_name,
             **self._bootstrap.metrics(self.logit, self.labels),
             "mean_depth": float(self.layer.mean()),
             "exit_shares": {

@@ -21,7 +21,6 @@ from project.exits.plan import (
     admit,
     raw_outputs,
 )
-from project.exits.policy import Policy
 from project.exits.ranking import no_lists
 from project.exits.search import (
     Step,
@@ -66,10 +65,9 @@ class TuneFold:
         labels = scores["label"].to_numpy()  # (n,)
         users = scores["user"].to_numpy()  # (n,)
         # 1. calibrate every head
-        self.exit_0 = settings.exit_0
-        raw = raw_outputs(scores, features, self.exit_0)
+        raw = raw_outputs(scores, features, settings.exit_0)
         layers = raw.layers
-        self.calibration = fit_calibration(raw.logits, labels, layers, self.exit_0)
+        self.calibration = fit_calibration(raw.logits, labels, layers, settings.exit_0)
         logits = self.calibration.apply(raw.logits)  # (n, K)
         self.outputs = HeadOutputs(layers, logits, raw.retrieved)
         # 2. how confident every criterion is; a given one decides alone, the others are only drawn
@@ -113,8 +111,7 @@ class TuneFold:
 
     def plan(self, curve: Curve) -> ExitPlan:
         """A criterion at its chosen step."""
-        policy = Policy(curve.criterion, curve.chosen.thresholds, self.outputs.layers)
-        return ExitPlan(self.calibration, policy, self.exit_0)
+        return ExitPlan(self.calibration, curve.criterion, curve.chosen.thresholds)
 
 
 def calibrate(
@@ -151,7 +148,7 @@ def calibrate(
             outputs = plan.outputs(rows, features[on_certify])
             left_at, left_with = plan.emitted(outputs)
             reason = None  # to test nothing
-            if plan.policy.thresholds[:-1].isposinf().all():
+            if plan.thresholds[:-1].isposinf().all():
                 reason = "the plan is full depth"
             elif len(rows) and not left_at.any():
                 reason = "every row leaves at exit 0, so no layer runs"
@@ -182,7 +179,7 @@ def calibrate(
             for curve in tune.curves
         ],
         "controls": tune.controls,
-        "chosen": plan.criterion,
+        "chosen": plan.criterion_name,
         "budget": {"max_auc_drop": settings.max_auc_drop},
         "budget_words": tune.budget_words,
         "certificate": certificate,

@@ -24,7 +24,7 @@ from project.exits.criteria import (
     name,
     try_out,
 )
-from project.exits.policy import Policy
+from project.exits.policy import leave
 from project.exits.ranking import Lists
 from project.results import CertificateRow, Issued, Specification
 from project.run import Checkpoint, exit_layers_of
@@ -79,23 +79,32 @@ def raw_outputs(scores: pl.DataFrame, features: F64, exit_0: bool) -> HeadOutput
     return HeadOutputs.of(layers, logits, torch.from_numpy(features))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExitPlan:
-    """How candidates leave: a calibration per head, exit 0 first where `exit_0`, and a fitted policy."""
+    """How candidates leave: a calibration per head, a fitted criterion, and a threshold (K,) per head.
+
+    A threshold is +inf where nobody leaves, -inf, as at the last head, where all do. An engine calls `leaves` at one
+    exit, a simulation calls `exits` on cached logits; both use `leave`.
+    """
 
     calibration: Calibration
-    policy: Policy
-    exit_0: bool
+    criterion: Criterion
+    thresholds: Tensor
 
     @property
     def layers(self) -> tuple[int, ...]:
         """(K,) layers of the heads, 0 first where exit 0 is one of them."""
-        return self.policy.layers
+        return self.calibration.layers
 
     @property
-    def criterion(self) -> str:
-        """Name of the criterion in result files."""
-        return name(self.policy.criterion)
+    def exit_0(self) -> bool:
+        """Whether exit 0 is a head."""
+        return self.layers[0] == 0
+
+    @property
+    def criterion_name(self) -> str:
+        """In result files."""
+        return name(self.criterion)
 
     def outputs(self, scores: pl.DataFrame, features: F64) -> HeadOutputs:
         """Calibrated outputs of a score table's n rows with these features (n, F)."""
@@ -105,9 +114,40 @@ class ExitPlan:
         """The same rows with calibrated logits."""
         return HeadOutputs(raw.layers, self.calibration.apply(raw.logits), raw.retrieved)
 
+    def leaves(self, outputs: HeadOutputs) -> Tensor:
+        """Which of n running rows leave at the last head shown, (n,) bool."""
+        if outputs.layers != self.layers[: outputs.heads]:
+            raise ConfigError(
+                f"the plan was made for exits at layers {self.layers}, found {outputs.layers}"
+            )
+        if outputs.heads == len(self.layers):
+            return torch.ones_like(outputs.logits[:, -1], dtype=torch.bool)
+        confidence = self.criterion.confidence(outputs)
+        # as a table of two heads, this one and one that takes everyone, so that `leave` decides
+        here_or_later = torch.stack(
+            [confidence, torch.full_like(confidence, torch.inf)], dim=1
+        )
+        # stacked, not indexed by a list: an engine's thresholds are on the device, and this
+        # needs no host sync
+        limits = torch.stack([self.thresholds[outputs.heads - 1], self.thresholds[-1]])
+        return leave(here_or_later, limits) == 0
+
+    def exits(self, outputs: HeadOutputs) -> Tensor:
+        """Index of the head at which each of n rows leaves, (n,) int64; `outputs` has all K heads."""
+        # (m,) positions of the rows that still run; shrinks at every head
+        running = torch.arange(outputs.logits.shape[0], device=outputs.logits.device)
+        # (n,)
+        exits = torch.full_like(running, len(self.layers) - 1)
+        for head in range(len(self.layers)):
+            # (m,) only what an engine knows here: running rows, heads so far
+            gone = self.leaves(outputs.rows(running).until(head))
+            exits[running[gone]] = head
+            running = running[~gone]
+        return exits
+
     def emitted(self, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """Per row of calibrated outputs: the layer it leaves at, (n,) int64, and the logit it leaves with, (n,)."""
-        index = self.policy.exits(outputs)
+        index = self.exits(outputs)
         return torch.tensor(self.layers)[index], outputs.logits.gather(
             1, index[:, None]
         ).squeeze(1)
@@ -116,11 +156,10 @@ class ExitPlan:
         """For a checkpoint: tensors, numbers and text only."""
         return {
             "layers": list(self.layers),
-            "exit_0": self.exit_0,
             "calibration": self.calibration.values,
-            "thresholds": self.policy.thresholds,
-            "criterion": specification(self.policy.criterion),
-            "fitted": dict(self.policy.criterion.tensors),
+            "thresholds": self.thresholds,
+            "criterion": specification(self.criterion),
+            "fitted": dict(self.criterion.tensors),
         }
 
     @classmethod
@@ -141,8 +180,8 @@ class ExitPlan:
             )
         criterion: Criterion = found(**state["criterion"]["init_args"])
         criterion.tensors = state["fitted"]
-        policy = Policy(criterion, state["thresholds"], layers)
-        return cls(Calibration(layers, state["calibration"]), policy, state["exit_0"])
+        calibration = Calibration(layers, state["calibration"])
+        return cls(calibration, criterion, state["thresholds"])
 
 
 CHECKPOINT_KEY = "exit_plans"  # of a run's checkpoint, under which its plans lie

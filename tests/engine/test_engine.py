@@ -33,7 +33,6 @@ from project.errors import ConfigError
 from project.exits.cost import request_cost
 from project.exits.criteria import Consistency, Criterion, Learned, Ratio, RatioConsistency
 from project.exits.plan import ExitPlan
-from project.exits.policy import Policy
 from project.model.backbone import FAMILIES
 
 CRITERIA = [Ratio(), Consistency(), RatioConsistency(), Learned()]
@@ -46,10 +45,7 @@ def near_threshold(plan: ExitPlan, world: World, request: int) -> np.ndarray[Any
     outputs = world.calibrated(plan, request)
     near = torch.zeros(outputs.logits.shape[0], dtype=torch.bool)
     for head in range(outputs.heads - 1):
-        gap = (
-            plan.policy.criterion.confidence(outputs.until(head))
-            - plan.policy.thresholds[head]
-        )
+        gap = plan.criterion.confidence(outputs.until(head)) - plan.thresholds[head]
         near |= gap.abs() < NEAR
     return near.numpy()
 
@@ -303,10 +299,7 @@ def test_unusable_requests_do_not_affect_the_others(world: World) -> None:
 
 def test_a_plan_of_other_exits_is_refused(world: World) -> None:
     plan, layers = world.plan(Ratio(), 0.4), (0, 1, 2, 4, 5)
-    policy = Policy(Ratio(), plan.policy.thresholds, layers)
-    other = replace(
-        plan, policy=policy, calibration=replace(plan.calibration, layers=layers)
-    )
+    other = replace(plan, calibration=replace(plan.calibration, layers=layers))
     with pytest.raises(ConfigError, match=r"\(0, 1, 2, 4, 5\).*\[1, 2, 3, 5\]"):
         Engine(world.module, RowExits(other))
     with pytest.raises(ConfigError, match="exit of layer 4"):

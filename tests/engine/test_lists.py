@@ -34,9 +34,9 @@ NEAR = 1e-4  # of a margin: rounding may decide
 def simulated(plan: ExitPlan, k: int, outputs: HeadOutputs) -> tuple[Tensor, bool]:
     """Heads (n,) that one request's candidates leave at, and whether rounding cannot move them."""
     if not k:
-        exits = plan.policy.exits(outputs)
-        confidence = [plan.policy.criterion.confidence(outputs.until(h)) for h in range(4)]
-        gaps = torch.stack(confidence, dim=1) - plan.policy.thresholds[:4]
+        exits = plan.exits(outputs)
+        confidence = [plan.criterion.confidence(outputs.until(h)) for h in range(4)]
+        gaps = torch.stack(confidence, dim=1) - plan.thresholds[:4]
         return exits, bool((gaps.abs() > NEAR).all())
     request = torch.zeros(len(outputs.logits), dtype=torch.int64)
     margins = LISTS.top_k(k).margins

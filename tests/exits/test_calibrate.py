@@ -82,7 +82,7 @@ def budget(**changes: Any) -> ExitSettings:
 
 
 def thresholds(plan: ExitPlan) -> list[float]:
-    return [float(t) for t in plan.policy.thresholds]
+    return [float(t) for t in plan.thresholds]
 
 
 def with_fold(scores: pl.DataFrame, where: str, /, **changes: pl.Expr) -> pl.DataFrame:

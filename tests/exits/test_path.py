@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from project.exits import search as search_module
-from project.exits.calibration import fit_calibration
+from project.exits.calibration import Calibration, fit_calibration
 from project.exits.criteria import (
     Consistency,
     Learned,
@@ -16,7 +16,8 @@ from project.exits.criteria import (
     confidence_table,
     out_of_fold_confidence,
 )
-from project.exits.policy import Policy, leave
+from project.exits.plan import ExitPlan
+from project.exits.policy import leave
 from project.exits.search import (
     Step,
     bound_margins,
@@ -82,7 +83,8 @@ class TestPath:
         """Cost, mean depth, AUC and drop of every step are those of its policy, head by head, as an engine calls it."""
         outputs, _, path = fit(CONSISTENCY, tune)
         for step in path[::4]:
-            exits = Policy(CONSISTENCY, step.thresholds, outputs.layers).exits(outputs)
+            plan = ExitPlan(Calibration(outputs.layers, None), CONSISTENCY, step.thresholds)
+            exits = plan.exits(outputs)
             assert step.point() == pytest.approx(
                 point(outputs, tune.labels, tune.tokens, exits), abs=1e-9
             )

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from project.errors import ConfigError
-from project.exits.calibration import fit_calibration
+from project.exits.calibration import Calibration, fit_calibration
 from project.exits.cost import request_cost, row_tokens
 from project.exits.criteria import HeadOutputs, Learned, Ratio, confidence_table
 from project.exits.plan import ExitPlan, specification
-from project.exits.policy import Policy, leave
+from project.exits.policy import leave
 from project.exits.search import control_curves, equal_accuracy_exit, point
 from project.metrics import auc
 
@@ -45,7 +45,7 @@ class TestLeave:
         assert (leave(confidence, low) <= leave(confidence, high)).all()
 
 
-class TestPolicy:
+class TestPlan:
     @pytest.mark.parametrize("seed", range(3))
     def test_engine_equals_simulation(self, make_criterion, outputs, seed):
         """`leaves`, called head by head on the rows still running, gives the exits of `leave` on the whole table."""
@@ -61,26 +61,13 @@ class TestPolicy:
         limits = limits_of(*limits)
         expected = leave(table, limits)
         assert expected.unique().numel() >= 5
-        assert torch.equal(
-            Policy(criterion, limits, outputs.layers).exits(outputs), expected
-        )
-
-    @pytest.mark.parametrize(
-        "limits",
-        [
-            torch.tensor([0.5, ALWAYS]),
-            torch.tensor([0.1, torch.nan, ALWAYS]),
-            torch.tensor([0.1, 0.2, 0.3]),
-        ],
-    )
-    def test_refuses_bad_thresholds(self, limits):
-        with pytest.raises(ConfigError, match=r"layers \(2, 4, 6\).*calibrate"):
-            Policy(Ratio(), limits, (2, 4, 6))
+        plan = ExitPlan(Calibration(outputs.layers, None), criterion, limits)
+        assert torch.equal(plan.exits(outputs), expected)
 
     def test_refuses_other_layers(self):
-        policy = Policy(Ratio(), limits_of(0.5), (2, 4))
+        plan = ExitPlan(Calibration((2, 4), None), Ratio(), limits_of(0.5))
         with pytest.raises(ConfigError, match=r"\(2, 4\), found \(2, 6\)"):
-            policy.exits(HeadOutputs.of((2, 6), torch.zeros(1, 2)))
+            plan.exits(HeadOutputs.of((2, 6), torch.zeros(1, 2)))
 
 
 def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
@@ -94,20 +81,16 @@ def test_plan_in_a_checkpoint(new_world: Callable[..., Any]) -> None:
         limits[-1] = -torch.inf
         file = io.BytesIO()
         torch.save(
-            ExitPlan(
-                calibration, Policy(criterion, limits, world.layers), exit_0=True
-            ).state(),
+            ExitPlan(calibration, criterion, limits).state(),
             file,
         )
         file.seek(0)
         plan = ExitPlan.from_state(torch.load(file, weights_only=True))
-        assert specification(plan.policy.criterion) == specification(criterion)
+        assert specification(plan.criterion) == specification(criterion)
         layer, logit = plan.emitted(outputs)
         for row in range(0, 200, 17):
             alone = outputs.rows(torch.tensor([row]))
-            head = next(
-                k for k in range(len(world.layers)) if plan.policy.leaves(alone.until(k))
-            )
+            head = next(k for k in range(len(world.layers)) if plan.leaves(alone.until(k)))
             assert layer[row] == world.layers[head]
             assert logit[row] == outputs.logits[row, head]
     assert len(layer.unique()) > 1
@@ -127,9 +110,7 @@ def test_foreign_criterion_is_an_error(
         "pathlib.Path('trace').touch()\nclass Mine(Criterion):\n    confidence = None\n"
     )
     calibration = fit_calibration(world.raw, world.labels, world.layers, exit_0=True)
-    state = ExitPlan(
-        calibration, Policy(Ratio(), limits_of(*[NEVER] * 6), world.layers), exit_0=True
-    ).state()
+    state = ExitPlan(calibration, Ratio(), limits_of(*[NEVER] * 6)).state()
     with pytest.raises(ConfigError, match=path):
         ExitPlan.from_state(state | {"criterion": {"class_path": path, "init_args": {}}})
     assert not Path("trace").exists()
