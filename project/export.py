@@ -42,6 +42,7 @@ NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/
 POLICY = "exit_policy.ckpt"  # exit plans and exit 0: tensors and plain values
 HEADS = "heads.safetensors"
 NUMBERS = "numbers.safetensors"
+HISTORY = "history.safetensors"  # what deeper layers read of a shallow history
 # what a backbone's embedding has beside the words, by its name in the state
 LEARNED = ("numbers", "context", "projection", "moments")
 _AUTO: Any = AutoModel  # its constructors are not typed
@@ -178,6 +179,7 @@ def export(run: Path, folder: Path) -> Path:
     policy = {
         "schema_version": SCHEMA_VERSION,
         "exit_layers": bundle["exit_layers"],
+        "history_layers": module.history_layers,
         "vocabulary": [list(term) for term in module.vocabulary.terms],
         "exit_0": torch.from_numpy(baseline.to_array()),
         "exit_0_terms": [list(term) for term in baseline.terms],
@@ -202,6 +204,13 @@ def export(run: Path, folder: Path) -> Path:
         if learned:
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
+        shallow = {
+            name.replace(".base_layer.", "."): weights.contiguous()
+            for name, weights in backbone.state_dict().items()
+            if ".history_" in name and ".lora_" not in name
+        }
+        if shallow:
+            save_file(shallow, part / HISTORY)
         torch.save(policy, part / POLICY)
         (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
         scale = run / "bundle" / RATING_SCALE
@@ -234,6 +243,7 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     data = config["data"] | {"requests": None, "bundle": None}
     data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
     model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
+    model["history_layers"] = config["model"].get("history_layers")
     kept = {
         "seed_everything": config.get("seed_everything", 0),
         "model": model,
@@ -253,7 +263,9 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
     state = {
         name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
         for name, weights in backbone.state_dict().items()
-        if ".lora_" not in name and name.removeprefix("embed_tokens.") not in LEARNED
+        if ".lora_" not in name
+        and ".history_" not in name
+        and name.removeprefix("embed_tokens.") not in LEARNED
     }
     with torch.device("meta"):  # only its names: the weights are the backbone's
         model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
@@ -313,6 +325,9 @@ def load_exported(folder: str | Path) -> Exported:
             backbone.embed_tokens.know_context(vocabulary)
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}
         backbone.load_state_dict(state, strict=False)
+    if policy["history_layers"] is not None:
+        backbone.keep_history_shallow(policy["history_layers"])
+        backbone.load_state_dict(load_file(folder / HISTORY), strict=False)
     # 3. the heads
     direction = torch.zeros(model.config.hidden_size)
     heads = nn.ModuleDict(

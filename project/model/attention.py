@@ -7,16 +7,47 @@ the layout reaches it as a keyword argument of the layer.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import rotate_half
 
-from project.layout import Layout
+from project.layout import Block, Layout
 
 SEGMENTS = "segments"
+
+
+class History(NamedTuple):
+    """Tokens where the history ends: their hidden states (B, T, H), cosines and sines (B, T, head dim)."""
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def history_pair(attention: Any, history: History) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, key-value heads, T, dim) of a layer behind the history's last one.
+
+    As in SwiftKV (arXiv 2410.03960), by projections of their own.
+    """
+    normed = attention.history_norm(history.hidden)
+    shape = (*normed.shape[:2], -1, attention.head_dim)
+    key = attention.history_k(normed).view(shape)
+    value = attention.history_v(normed).view(shape).transpose(1, 2)
+    if hasattr(attention, "k_norm"):  # Qwen3
+        key = attention.k_norm(key)
+    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
+        key = rotated(key, history.cos, history.sin)
+    return key.transpose(1, 2), value
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., T, heads, dim), turned by (..., T, dim)."""
+    found: Tensor = x * cos[..., None, :] + rotate_half(x) * sin[..., None, :]  # type: ignore[no-untyped-call]
+    return found
 
 
 def segments_attention(
@@ -29,12 +60,14 @@ def segments_attention(
     layout: Layout,
     scaling: float,
     dropout: float = 0.0,
+    history: History | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention under the visibility rule of `layout`, in the signature of transformers' attention functions.
 
     `query` is (B, heads, T, dim), `key` and `value` (B, key-value heads, T, dim), rotary embedding applied. Returns
-    (B, T, heads, dim), zero at padding, and no attention weights.
+    (B, T, heads, dim), zero at padding, and no attention weights. Where there is a `history`, keys and values of
+    earlier segments are made from it, and `key` and `value` are read inside a segment alone.
     """
     attend = getattr(layout, "attend", None)
     # the engine's structure of a batch, which may hold cached keys and values
@@ -46,6 +79,11 @@ def segments_attention(
     if query.device.type != "cpu":
         key, value = (one_per_query_head(x, heads) for x in (key, value))
     grouped = key.shape[1] != heads
+    # keys and values of earlier segments, where they are not the layer's own
+    earlier = list[Tensor]()
+    if history is not None:
+        pair = history_pair(module, history)
+        earlier = [one_per_query_head(x, key.shape[1]) for x in pair]
     rows = []
     for row in range(query.shape[0]):
         blocks = [block for block in layout.blocks if block.row == row]
@@ -59,17 +97,31 @@ def segments_attention(
         sizes = [stop - start for start, stop in pairwise(edges)]
         # pieces (heads, tokens, dim) of the row
         q, k, v = (torch.split(x[row], sizes, dim=1) for x in (query, key, value))
+        past = [torch.split(x[row], sizes, dim=1) for x in earlier]
         # 2. One call a block; zeros where there is none.
         parts = list[Tensor]()  # (tokens, heads, dim), in the order of the row
         end = 0  # tokens of the row that have a part
         for block in blocks:
             start, stop = block.queries
+            keys = _joined(k, at, block.keys)
+            values = _joined(v, at, block.keys)
+            mask = block.mask
+            if history is not None:
+                # an earlier segment is read as the history shows it, the own one as it is here
+                own = mask & _same_segment(block, layout.segment[row])
+                mask = torch.cat([own, mask & ~own], dim=1)
+                seen = mask.any(dim=0)
+                mask = mask[:, seen]
+                keys = torch.cat([keys, _joined(past[0], at, block.keys)], dim=2)
+                values = torch.cat([values, _joined(past[1], at, block.keys)], dim=2)
+                keys = keys[:, :, seen]
+                values = values[:, :, seen]
             # (tokens of the block, heads, dim)
             out = F.scaled_dot_product_attention(
                 _joined(q, at, [block.queries]),
-                _joined(k, at, block.keys),
-                _joined(v, at, block.keys),
-                attn_mask=block.mask,
+                keys,
+                values,
+                attn_mask=mask,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=grouped,
@@ -89,6 +141,12 @@ def segments_attention(
 def one_per_query_head(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, key-value heads, T, dim) repeated to as many heads as queries have."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _same_segment(block: Block, segment: Tensor) -> Tensor:
+    """(queries, keys) of a block whose tokens are of one segment; `segment` (T,) is of its row."""
+    keys = torch.cat([segment[start:stop] for start, stop in block.keys])
+    return segment[slice(*block.queries), None] == keys
 
 
 def _joined(
