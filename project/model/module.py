@@ -457,7 +457,8 @@ class ExitRecommender(L.LightningModule):
             raise CheckpointError(
                 f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
                 f"({len(missing)} and {len(surplus)} in all): model.lora, model.history_layers, "
-                "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. Use its config.yaml."
+                "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
+                "Use its config.yaml."
             )
         if self._trainer is not None:
             check_reads(checkpoint["reads"], self.data, self.trainer.state.fn or "")
