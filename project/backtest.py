@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import yaml  # type: ignore[import-untyped]  # as in project.run
 
 from project.config import WARM_SHARE, open_run, warm_start, with_presets
@@ -44,7 +45,7 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     source = Path(with_presets([given.config])[0])
     config = read_yaml(source)
     folder = Path("runs") / f"backtest-{source.stem}"
-    # 1. periods
+    # 1. periods, and whether each can be split, before the first run
     replace_file(folder / "config.yaml", lambda part: part.write_bytes(source.read_bytes()))
     data = open_run(folder)[1]
     raw = data.logs.read()
@@ -55,13 +56,15 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     periods = periods_of(times.min(), end, given.days, given.periods)
     if data.protocol.split != "date":
         print(f"data.protocol.split is {data.protocol.split}; here it is date.")
+    tests = list[pl.DataFrame]()
+    for dates in periods:
+        protocol = replace(data.protocol, split="date", dates=dates)
+        rows = apply_protocol(build_interactions(raw, protocol), protocol).rows
+        tests.append(rows.filter(split="test", role="target"))
     # 2. runs; the first period's is that of all modes
     runs: dict[str, Path] = {}
     found = list[Period]()
-    for number, dates in enumerate(periods, start=1):
-        protocol = replace(data.protocol, split="date", dates=dates)
-        rows = apply_protocol(build_interactions(raw, protocol), protocol).rows
-        test = rows.filter(split="test", role="target")
+    for number, (dates, test) in enumerate(zip(periods, tests, strict=True), start=1):
         modes: dict[str, Refitted] = {}
         for mode in MODES if runs else ("cold",):
             over: dict[str, Any] = {"data": {"protocol": {"split": "date", "dates": dates}}}
