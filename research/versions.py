@@ -41,7 +41,8 @@ def counted(address: str) -> dict[str, float]:
     return {
         name.removeprefix("exitrec_"): float(value)
         for name, value in rows
-        if name.startswith(kept) and "_created" not in name
+        # without later events their AUC is no number
+        if name.startswith(kept) and "_created" not in name and value != "NaN"
     }
 
 
