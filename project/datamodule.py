@@ -495,16 +495,18 @@ def reads_of(data: InteractionData) -> dict[str, Any]:
 
 
 def check_reads(
-    kept: Mapping[str, Any], data: InteractionData, command: str = "validate"
+    kept: Mapping[str, Any] | None, data: InteractionData, command: str = "validate"
 ) -> None:
     """Refuse to score with a checkpoint that was trained to read something else than `data`.
 
     Args:
-        kept: `reads_of` its training.
+        kept: `reads_of` its training; None: it was saved outside of a fit, and nothing is known.
         data: What it would read now.
         command: What it scores. For predict the log may have grown; for test, too, where every test row is later than
             all that it was trained, chosen and calibrated on, `until`.
     """
+    if kept is None:
+        return
     now = reads_of(data)
     protocol = now.pop("protocol")
     fix = "Use the config.yaml beside the checkpoint's folder, or train a run of its own."

@@ -77,7 +77,7 @@ def load_weights(
     content = read_checkpoint(checkpoint)
     # 1. what will be scored is what the run was trained to read
     if data is not None:
-        check_reads(content["reads"], data, "validate" if compared else "predict")
+        check_reads(content.get("reads"), data, "validate" if compared else "predict")
     # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
         model.vocabulary = Vocabulary(content.get("vocabulary", ()))

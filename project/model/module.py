@@ -225,7 +225,7 @@ class ExitRecommender(L.LightningModule):
         if checkpoint is not None:
             content = read_checkpoint(checkpoint, mmap=True)
             check_origin(content, self.exit_layers, self.backbone_name)
-            check_reads(content["reads"], data, command)
+            check_reads(content.get("reads"), data, command)
             # the log may have grown since
             data.vocabulary = Vocabulary(content.get("vocabulary", ()))
         elif self.initial is not None:
@@ -461,7 +461,7 @@ class ExitRecommender(L.LightningModule):
                 "Use its config.yaml."
             )
         if self._trainer is not None:
-            check_reads(checkpoint["reads"], self.data, self.trainer.state.fn or "")
+            check_reads(checkpoint.get("reads"), self.data, self.trainer.state.fn or "")
 
 
 def set_sharded_backbone(
