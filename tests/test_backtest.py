@@ -10,13 +10,18 @@ from typing import Any
 
 import polars as pl
 import pytest
-from world import call
+from example_logs import CoLikes
+from world import Letters, call, read_split, whole_prompts
 
 from project import backtest, config
 from project.backtest import gaps, mean_of, periods_of, refit_every, written
 from project.config import warm_start
+from project.data.prompt import Prompt, PromptEncoder
+from project.data.protocol import Protocol
+from project.data.stream import build_streams
 from project.errors import ConfigError
 from project.report.tables import render
+from project.retrieval import MatrixFactorisation, RetrievedFeatures
 from project.run import read_checkpoint, read_result
 
 SECOND = 1 / 86_400
@@ -37,6 +42,54 @@ def test_dates_of_periods() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             periods_of(0, 864_000, days, periods)
+
+
+def what_is_read(logs: Path, dates: list[str], cache: Path) -> dict[str, Any]:
+    """By part of a period: labels, retrieved features and prompts."""
+    split = read_split(logs, Protocol("date", dates=dates, minimum_history=1))
+    mf = MatrixFactorisation(dim=2)
+    features = RetrievedFeatures(
+        split, CoLikes(neighbours=4, item_neighbours=3), 6, cache, mf
+    ).tables()
+    wording = Prompt(instruction="I", segment="{title} {user_percent} {item_percent}:")
+    encoder = PromptEncoder(Letters(), wording, split.interactions.items)
+    return {
+        part: (
+            split.rows.filter(pl.col("split") == part)["label"].to_list(),
+            features[part].rows(),
+            whole_prompts(build_streams(split.rows, features[part], part, encoder)),
+        )
+        for part in ("train", "valid", "test")
+    }
+
+
+@pytest.mark.slow
+def test_no_choice_of_a_period_reads_its_test(tiny_logs: Path, tmp_path: Path) -> None:
+    """Canary: other answers from a test's first second on change nothing of its train and validation.
+
+    Other answers after its last second change nothing of its test either; the next period's train has them.
+    """
+    periods = periods_of(0, 250, 50 * SECOND, 2)
+    log = pl.read_csv(tiny_logs / "interactions.csv")
+    found = {}
+    for name, first in (("as it is", 251), ("from test on", 150), ("after test", 200)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "items.csv").write_bytes((tiny_logs / "items.csv").read_bytes())
+        rating = pl.when(pl.col("timestamp") >= first).then(6 - pl.col("rating"))
+        log.with_columns(rating.otherwise("rating").alias("rating")).write_csv(
+            folder / "interactions.csv"
+        )
+        found[name] = [what_is_read(folder, dates, folder / "cache") for dates in periods]
+    assert periods[0][1:] == ["1970-01-01T00:02:30", "1970-01-01T00:03:20"]
+    before, changed, later = (found[name] for name in found)
+    assert all(before[0][part][2] for part in before[0])
+    for part in ("train", "valid"):
+        assert before[0][part] == changed[0][part]
+    assert before[0]["test"] != changed[0]["test"]
+    assert before[0] == later[0]
+    assert before[1]["valid"] != changed[1]["valid"]
+    assert before[1]["test"] != later[1]["test"]
 
 
 def test_a_warm_refit_has_fewer_and_smaller_steps() -> None:
