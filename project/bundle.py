@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from project.data.prompt import RATING_SCALE
-from project.run import SCHEMA_VERSION, own_version, replace_file, write_json, write_table
+from project.run import replace_file, write_json, write_table
 
 if TYPE_CHECKING:
     from project.datamodule import InteractionData
@@ -41,8 +41,6 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
     write_json(
         folder / "bundle.json",
         {
-            "schema_version": SCHEMA_VERSION,
-            "version": own_version(),
             "base_model": module.backbone_name,
             "num_layers": module.depth,
             "exit_layers": module.exit_layers,
@@ -51,7 +49,6 @@ def write_bundle(module: ExitRecommender, data: InteractionData, folder: Path) -
             "protocol": {"name": split.manifest["name"], "hash": split.hash},
             "retriever": data.retriever.settings(),
             "retrieved": f"retrieved/{made['retrieved'].name}",
-            "mf": None if data.mf is None else asdict(data.mf),
             "prompt": vars(data.prompt),
         },
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml  # type: ignore[import-untyped]  # as in project.run
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from project.bundle import ITEM_VECTORS
@@ -192,22 +192,23 @@ def export(run: Path, folder: Path) -> Path:
     ) as scratch:
         part = Path(scratch) / folder.name
         shutil.copytree(run / "bundle" / "tokenizer", part)
-        _save_backbone(backbone, part)
+        state = _merged(backbone)
+        _save_backbone(backbone, state, part)
         save_file(
             {k: v.contiguous() for k, v in module.heads.state_dict().items()}, part / HEADS
         )
         learned = {
             name: values
             for name in LEARNED
-            if (values := backbone.state_dict().get(f"embed_tokens.{name}")) is not None
+            if (values := state.get(f"embed_tokens.{name}")) is not None
         }
         if learned:
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
         shallow = {
-            name.replace(".base_layer.", "."): weights.contiguous()
-            for name, weights in backbone.state_dict().items()
-            if ".history_" in name and ".lora_" not in name
+            name: weights.contiguous()
+            for name, weights in state.items()
+            if ".history_" in name
         }
         if shallow:
             save_file(shallow, part / HISTORY)
@@ -255,17 +256,24 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(kept, sort_keys=False))
 
 
-def _save_backbone(backbone: Backbone, folder: Path) -> None:
-    """config.json and model.safetensors of a headless model, its adapters merged in place."""
+def _merged(backbone: Backbone) -> dict[str, Tensor]:
+    """Weights by name, adapters merged in place."""
     for layer in list(backbone.modules()):
         if hasattr(layer, "base_layer"):
             layer.merge()  # type: ignore[operator]  # peft's
-    state = {
-        name.replace(".base_layer.", ".").replace("final_norm.", "norm."): weights
+    return {
+        name.replace(".base_layer.", "."): weights
         for name, weights in backbone.state_dict().items()
         if ".lora_" not in name
-        and ".history_" not in name
-        and name.removeprefix("embed_tokens.") not in LEARNED
+    }
+
+
+def _save_backbone(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
+    """config.json and model.safetensors of a headless model."""
+    state = {
+        name.replace("final_norm.", "norm."): weights
+        for name, weights in state.items()
+        if ".history_" not in name and name.removeprefix("embed_tokens.") not in LEARNED
     }
     with torch.device("meta"):  # only its names: the weights are the backbone's
         model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")

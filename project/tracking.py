@@ -62,21 +62,14 @@ def log_report(trainer: L.Trainer, run: Path, command: str) -> None:
     """Send a run's pictures, and as an artifact its report and result files."""
     patterns = ("report/*.md", "report/*.html", "report/*.png", "results/*.json")
     found = [path for pattern in patterns for path in sorted(run.glob(pattern))]
-    files = {str(path.relative_to(run)): path for path in found}
     for logger in wandb_loggers(trainer):
-        for picture in found:
-            if picture.suffix == ".png":
-                logger.log_image(f"report/{picture.stem}", [str(picture)])
-        _log_artifact(logger, "report", files, [command, "latest"])
+        from wandb import Artifact
 
-
-def _log_artifact(
-    logger: WandbLogger, kind: str, files: Mapping[str, Path], aliases: list[str]
-) -> None:
-    """One version of the artifact `<kind>-<W&B's id of the run>`; Lightning names its own so: `best` is of this run."""
-    from wandb import Artifact
-
-    artifact = Artifact(f"{kind}-{logger.experiment.id}", type=kind)
-    for inside, path in files.items():
-        artifact.add_file(str(path), name=inside)  # "mutable": W&B copies it
-    logger.experiment.log_artifact(artifact, aliases=aliases)
+        # named by W&B's id of the run, as Lightning names its own: `best` is of this run
+        artifact = Artifact(f"report-{logger.experiment.id}", type="report")
+        for path in found:
+            if path.suffix == ".png":
+                logger.log_image(f"report/{path.stem}", [str(path)])
+            # "mutable": W&B copies it
+            artifact.add_file(str(path), name=str(path.relative_to(run)))
+        logger.experiment.log_artifact(artifact, aliases=[command, "latest"])

@@ -22,7 +22,7 @@ import polars as pl
 import torch
 
 from project.arrays import F64
-from project.exits.budget import Curve, TuneFold
+from project.exits.budget import Curve, TuneFold, cheapest
 from project.exits.criteria import confidence_table
 from project.exits.plan import ExitPlan, ExitSettings
 from project.exits.policy import leave
@@ -123,7 +123,7 @@ def choices(tune: TuneFold) -> dict[str, Curve]:
                 kept = np.maximum(drops, expected) <= budget
                 step = int(np.flatnonzero(kept | (np.arange(len(kept)) == 0))[-1])
             curves.append(replace(curve, chosen=path[step]))
-        made[name] = min(curves, key=lambda c: (c.chosen.cost, -c.chosen.auc))
+        made[name] = cheapest(curves)
     return made | {"plan": tune.best}
 
 

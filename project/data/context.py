@@ -5,7 +5,6 @@ category's value is the code of its text, a number that depends on nothing else,
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -22,6 +21,7 @@ from project.request import Item, RankRequest, check_names, text_of
 CONTEXT = "context."
 USER = "user."
 MAX_CHARACTERS = 1000  # of a value
+EXACT = 2**53  # integers up to it are doubles
 BINS = 16  # of a number, where it is counted by value
 TELLS_ALONE = 0.95  # AUC above which a column is probably known only afterwards
 
@@ -177,13 +177,14 @@ def brought(
         if columns[prefix + name] == "category":
             found[prefix + name] = code_of(text)
             continue
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
-        found[prefix + name] = number
+        # a number of JSON as it is, a text by the rule that the log's own columns are read by
+        if type(value) in (int, float) and abs(value) <= EXACT:
+            found[prefix + name] = float(value)
+        else:
+            number = numbers(pl.Series([text]), what, name)[0]
+            if number is None:
+                raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
+            found[prefix + name] = number
     return found
 
 

@@ -11,11 +11,8 @@ from project.errors import DataError
 
 LATEST = 1e10  # seconds: the year 2286
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
-EDGES = (
-    LATEST,
-    1e13,
-    1e16,
-)  # the largest number of a column has the next unit from here on
+# the largest number of a column has the next unit from each of these on
+EDGES = (LATEST, 1e13, 1e16)
 EARLIEST = 1e8  # seconds: 1973, from which on times may be in other units than seconds
 ATOMIC = (".inter", ".item", ".user")  # RecBole's files
 DATES = (19_000_101, 21_001_231)  # as digits; as seconds August and September 1970

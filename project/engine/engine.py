@@ -27,7 +27,7 @@ from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.ranking import ScoredRequests
-from project.model.attention import History, history_pair, rotated
+from project.model.attention import History, history_pair, positioned
 from project.model.backbone import State
 from project.model.module import ExitRecommender
 
@@ -358,10 +358,12 @@ class EngineBatch:
 
     def _end_history(self, state: State, depth: int) -> State:
         """At the depth where histories end: deeper layers get their keys and values, and their tokens leave the row."""
+        if depth != self.engine.backbone.history_layers:
+            return state
         layers = self.engine.backbone.layers
         spans = list(pairwise(self.row.streams.tolist()))
         end = spans[-1][1]
-        if depth != self.engine.backbone.history_layers or depth == len(layers) or not end:
+        if not end:
             return state
         # 1. keys and values of all streams by one product a layer
         past = History(*(x[:, :end] for x in (state.hidden, *state.position_embeddings)))
@@ -489,15 +491,10 @@ def answers_of_layer(layer: nn.Module, state: State, structure: Structure) -> Te
     query = heads(attention.q_proj(normed.index_select(0, slots)))
     key = heads(attention.k_proj(normed))
     value = heads(attention.v_proj(normed))
-    if hasattr(attention, "q_norm"):  # Qwen3
-        query = attention.q_norm(query)
-        key = attention.k_norm(key)
-    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
-        cos = state.position_embeddings[0][0]
-        sin = state.position_embeddings[1][0]
-        query = rotated(query, cos.index_select(0, slots), sin.index_select(0, slots))
-        key = rotated(key, cos, sin)
-    key = key.transpose(0, 1)[None]
+    cos, sin = (x[0] for x in state.position_embeddings)
+    at_slots = (x.index_select(0, slots) for x in (cos, sin))
+    query = positioned(attention, "q_norm", query, *at_slots)
+    key = positioned(attention, "k_norm", key, cos, sin).transpose(0, 1)[None]
     value = value.transpose(0, 1)[None]
     # 2. The rest of the layer at the slots.
     read = structure.attend_answers(

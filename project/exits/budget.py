@@ -104,14 +104,17 @@ class TuneFold:
             # a static exit is not the budget's to choose
             chosen = path[step if static is None else -1]
             self.curves.append(Curve(criterion, path, bounds, chosen))
-        # 6. the cheapest of them, at equal cost that of higher AUC; or the one that is given
-        self.best = min(
-            self.curves[:competing], key=lambda c: (c.chosen.cost, -c.chosen.auc)
-        )
+        # 6. the cheapest of them, or the one that is given
+        self.best = cheapest(self.curves[:competing])
 
     def plan(self, curve: Curve) -> ExitPlan:
         """A criterion at its chosen step."""
         return ExitPlan(self.calibration, curve.criterion, curve.chosen.thresholds)
+
+
+def cheapest(curves: Sequence[Curve]) -> Curve:
+    """The curve whose chosen step costs least; at equal cost that of higher AUC."""
+    return min(curves, key=lambda curve: (curve.chosen.cost, -curve.chosen.auc))
 
 
 def calibrate(

@@ -179,8 +179,11 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
             or confidence.shape != (rows,)
             or (confidence.isnan() & ~undefined).any()
         ):
+            returned = repr(confidence)
+            if isinstance(confidence, Tensor):
+                returned = f"tensor {tuple(confidence.shape)}"
             raise ConfigError(
-                f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {confidence!r} "
+                f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {returned} "
                 f"at the exit at layer {layer}; expected a torch tensor of shape (rows,) without NaN, {rows} here."
             )
         columns.append(confidence)

@@ -37,17 +37,17 @@ def history_pair(attention: Any, history: History) -> tuple[Tensor, Tensor]:
     shape = (*normed.shape[:2], -1, attention.head_dim)
     key = attention.history_k(normed).view(shape)
     value = attention.history_v(normed).view(shape).transpose(1, 2)
-    if hasattr(attention, "k_norm"):  # Qwen3
-        key = attention.k_norm(key)
-    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
-        key = rotated(key, history.cos, history.sin)
+    key = positioned(attention, "k_norm", key, history.cos, history.sin)
     return key.transpose(1, 2), value
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(..., T, heads, dim), turned by (..., T, dim)."""
-    found: Tensor = x * cos[..., None, :] + rotate_half(x) * sin[..., None, :]  # type: ignore[no-untyped-call]
-    return found
+def positioned(attention: Any, norm: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (..., T, heads, dim), normed and turned by (..., T, dim) as their layer does it."""
+    if hasattr(attention, norm):  # Qwen3
+        x = getattr(attention, norm)(x)
+    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
+        x = x * cos[..., None, :] + rotate_half(x) * sin[..., None, :]  # type: ignore[no-untyped-call]
+    return x
 
 
 def segments_attention(

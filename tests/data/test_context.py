@@ -271,6 +271,8 @@ def test_what_a_request_brings() -> None:
     [
         ({"devise": "tv"}, "unknown name 'devise'.*expected device, price, position"),
         ({"price": "cheap"}, r"context\.price is 'cheap'; expected a number"),
+        ({"price": "1_000"}, r"context\.price is '1_000'; expected a number"),
+        ({"price": "１２"}, r"context\.price is '１２'; expected a number"),
         ({"price": 10**400}, r"context\.price is '1000.*'; expected a number"),
         ({"price": "\ud800"}, r"context\.price is .*; expected a number"),
         ({"device": {"a": 1}}, r"context\.device is .* expected text"),
