@@ -1,10 +1,12 @@
-"""Models without an LLM on LLMRank's fixed candidates: `python -m research.llmrank GAMES MOVIELENS [own]`.
+"""Models on LLMRank's fixed candidates: `python -m research.llmrank GAMES MOVIELENS [RUN_GAMES RUN_MOVIELENS]`.
 
 The arguments are folders with candidates of Hou et al. (ECIR 2024, repository RUCAIBox/LLMRank): candidates_*.parquet,
 and for Games interactions.parquet (user_id, item_id, timestamp in each user's order) beside them; MovieLens 1M is
 fetched. The protocol is theirs: a user's last row is the truth among 19 random items, everything before it is known,
-rows of other users included, whatever their date. Nothing is fitted on the last rows; the weights of the regression are
-fitted on the row before, the project's own baselines on the three rows before that; `own` measures these alone.
+rows of other users included, whatever their date. Nothing is fitted on the last rows. Without runs, counts and LightGCN
+are measured; the weights of their regression are fitted on the row before the last. With runs, which
+`fit --config research/llmrank.yaml` makes, their exits and the project's own baselines, fitted on the three rows before
+that; what was measured without runs stays.
 """
 
 import hashlib
@@ -21,11 +23,14 @@ from scipy.sparse import csr_array
 
 from project.arrays import F64, I64, Bool
 from project.data.logs import RAW_SCHEMA, Logs, MovieLens1M, RawLogs
-from project.data.negatives import Negatives
-from project.data.protocol import Protocol
-from project.datamodule import InteractionData
+from project.data.requests import Requests
+from project.engine.engine import score_every_head
+from project.engine.requests import prepare_requests
 from project.evaluation.baselines import fit_baselines
+from project.exits.criteria import HeadOutputs
 from project.features import logistic_regression
+from project.loading import open_run
+from project.request import RankRequest
 from project.retrieval.base import Edges
 from project.retrieval.lightgcn import LightGCN, like_graph
 from project.run import SCHEMA_VERSION, write_json
@@ -35,11 +40,13 @@ CUTS = (1, 5, 10, 20)
 NEGATIVES = 19
 SAMPLE = 5000  # users whose row before the last the regression is fitted on
 DRAWS = 1000
-TARGETS = (
-    3  # rows of a user before the last two: what the project's baselines are fitted on
-)
-PER_TARGET = 3  # unseen items, drawn uniformly, beside each
+TARGETS = 3  # rows of a user before the last two: what a run is trained on
+VALIDATION = 5000  # users whose row before the last is validation
+PER_TARGET = 3  # unseen items beside each, as research/llmrank.yaml has it
+COUNTED = ("popularity", "co-occurrence", "both", "LightGCN", "all three")
+SCORED_TOGETHER = 500  # requests
 OURS = ("lr_text", "gbdt_text")
+BEST = "gbdt_text"  # what exits are compared with
 # NDCG@1 and @10 on 200 users, as published; None where only one of them is known here
 PUBLISHED: dict[str, dict[str, tuple[float | None, float]]] = {
     "Games": {
@@ -58,14 +65,15 @@ PUBLISHED: dict[str, dict[str, tuple[float | None, float]]] = {
     },
 }
 ABOUT = (
-    "The truth among 19 fixed random items; interval: of NDCG@10, 95 %, users resampled. Counts of all "
-    "rows but the users' last. Popularity: how many users. Co-occurrence: summed cosine of the candidate's users with "
-    "those of the user's items. Both: a logistic regression on the logarithms of the two, fitted on the rows before "
-    "the last of 5,000 users, beside 19 items drawn of those that a user never had. LightGCN: dot product of user and "
-    "item, {epochs} epochs, untuned. All three: the regression with that product, too. lr_text and gbdt_text: exit 0 "
-    "and boosting on the features that every log gets, fitted on {targets} rows of each user before the last two, "
-    "beside {each} unseen items each. Trained: published rows are zero-shot but for UniSRec, which was trained on "
-    "other logs."
+    "The truth among 19 fixed random items; interval: of NDCG@10, 95 %, users resampled. Counts of all rows but the"
+    " users' last. Popularity: how many users. Co-occurrence: summed cosine of the candidate's users with those of "
+    "the user's items. Both: a logistic regression on the logarithms of the two, fitted on the rows before the last"
+    " of 5,000 users, beside 19 items drawn of those that a user never had. LightGCN: dot product of user and item,"
+    " {epochs} epochs, untuned. All three: the regression with that product, too. lr_text and gbdt_text: a "
+    "regression and boosting on the features that every log gets, fitted on {targets} rows of each user before the "
+    "last two, beside {each} unseen items each. Exits: the LLM trained on the same rows, calibrated with exit 0; "
+    "plan: every candidate leaves where it is sure enough. Minus gbdt_text: of NDCG@10, paired, 95 %, users "
+    "resampled. Trained: published rows are zero-shot but for UniSRec, which was trained on other logs."
 )
 EPOCHS = 10
 
@@ -117,6 +125,12 @@ def row(log: str, users: int, name: str, scores: F64) -> dict[str, Any]:
     } | {"interval": interval(ndcg(scores, 10))}
 
 
+def minus(scores: F64, base: F64) -> str:
+    """NDCG@10 of scores (n, c) minus that of others, with its interval."""
+    gap = ndcg(scores, 10) - ndcg(base, 10)
+    return f"{gap.mean():+.3f}, {interval(gap)}"
+
+
 def interval(of_user: F64) -> str:
     """Of the mean of a number of each user (n,), 95 %, users resampled."""
     drawn = np.random.default_rng(0).integers(len(of_user), size=(DRAWS, len(of_user)))
@@ -133,13 +147,14 @@ def logs_of(positions: F64) -> F64:
 def study(
     log: str,
     rows: pl.DataFrame,
-    sets: Sequence[pl.DataFrame],
     catalogue: pl.DataFrame,
+    sets: Sequence[pl.DataFrame],
+    run: Path | None,
     kept: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Rows of the table for one log, whose rows lie in each user's order, and sets of (user_id, candidates).
 
-    `kept` are rows of counts and LightGCN that were measured before; without any they are measured now.
+    Without a `run` counts and LightGCN are measured; with one, its exits and baselines, beside `kept` rows.
     """
     # 1. codes; place of each row counted from its user's last
     items = catalogue["item_id"].to_list()
@@ -162,11 +177,11 @@ def study(
         ]
     )
     # 3. scores (n, c) by model
-    named = dict[str, F64]()
-    if not kept:
-        named |= counted(user, item, len(names), len(items), who, lists)
-    ids = [[items[k] for k in listed] for listed in lists]
-    named |= own_baselines(rows, catalogue, asked["user_id"].to_list(), ids)
+    if run is None:
+        named = counted(user, item, len(names), len(items), who, lists)
+    else:
+        ids = [[items[k] for k in listed] for listed in lists]
+        named = of_run(run, asked["user_id"].to_list(), ids)
     # 4. a row each set and model
     found = list[dict[str, Any]]()
     start = 0
@@ -174,13 +189,18 @@ def study(
         part = slice(start, start + table.height)
         start = part.stop
         found += [old for old in kept if old["users"] == table.height]
-        found += [row(log, table.height, name, of[part]) for name, of in named.items()]
+        for name, scores in named.items():
+            gap = None
+            if run is not None and name != BEST:
+                gap = minus(scores[part], named[BEST][part])
+            made = row(log, table.height, name, scores[part])
+            found.append(made | {f"minus {BEST}": gap})
     for name, (first, tenth) in PUBLISHED[log].items():
         trained = "on other logs" if name == "UniSRec" else "no"
         found.append(
             {"log": log, "users": sets[0].height, "scores": f"{name}, published"}
             | {"trained": trained, "ndcg@1": first, "ndcg@5": None, "ndcg@10": tenth}
-            | {"ndcg@20": None, "interval": None}
+            | {"ndcg@20": None, "interval": None, f"minus {BEST}": None}
         )
     return found
 
@@ -224,62 +244,95 @@ def counted(
     }
 
 
+def clicks_of(folder: str | Path | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows in each user's order, and items, of a folder; without one, of MovieLens 1M."""
+    if folder is None:
+        raw = MovieLens1M().read()
+        rows, items = raw.interactions, raw.items
+    else:
+        rows = pl.read_parquet(Path(folder) / "interactions.parquet")
+        items = pl.read_parquet(Path(folder) / "items.parquet")
+    return rows.sort("user_id", "timestamp", maintain_order=True), items
+
+
 class Backwards(Logs):
     """A log of clicks with times that count backwards from each user's last row, so all last rows have one time.
 
-    The last row is test, the one before it valid, `TARGETS` rows before these train, and what is earlier history.
+    The last row is test, `TARGETS` rows before the last two are train, and what is earlier history. The row before the
+    last is valid for `VALIDATION` users, drawn by lot, and history for the others.
+
+    Args:
+        folder: Folder with interactions.parquet and items.parquet; null: MovieLens 1M, which is fetched.
     """
 
-    def __init__(self, rows: pl.DataFrame, items: pl.DataFrame) -> None:
-        self.rows, self.items = rows.select("user_id", "item_id"), items
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
 
     def read(self) -> RawLogs:
         """See `Logs.read`."""
+        clicks, items = clicks_of(self.folder)
+        clicks = clicks.select("user_id", "item_id")
         place = pl.int_range(pl.len()).reverse().over("user_id")
         splits = {0: "test", 1: "valid"} | {2 + k: "train" for k in range(TARGETS)}
-        rows = self.rows.with_columns(
-            split=place.replace_strict(splits, default="history"),
+        users = clicks["user_id"].unique(maintain_order=True)
+        drawn = users.sample(min(VALIDATION, len(users)), seed=0)
+        unvalidated = (place == 1) & ~pl.col("user_id").is_in(drawn.implode())
+        split = place.replace_strict(splits, default="history")
+        rows = clicks.with_columns(
+            split=pl.when(unvalidated).then(pl.lit("history")).otherwise(split),
             timestamp=pl.len() - place,
             rating=None,
             label=None,
             source_file=pl.lit("the log"),
             source_row=pl.int_range(1, pl.len() + 1),
         )
-        digest = hashlib.sha256(self.rows.write_csv().encode()).hexdigest()
+        digest = hashlib.sha256(clicks.write_csv().encode()).hexdigest()
         rows = rows.select(*RAW_SCHEMA).cast(RAW_SCHEMA)
-        return RawLogs(rows, self.items, {"rows": digest})
+        return RawLogs(rows, items, {"rows": digest})
 
 
-def own_baselines(
-    rows: pl.DataFrame, items: pl.DataFrame, users: list[str], candidates: list[list[str]]
-) -> dict[str, F64]:
-    """Scores (n, c) by the project's baselines of candidates (n, c) of users (n,): ids, as of the users' last row."""
-    data = InteractionData(
-        Backwards(rows, items),
-        protocol=Protocol(
-            split="given",
-            label="clicked",
-            minimum_history=1,
-            negatives=Negatives(per_positive=PER_TARGET),
-        ),
-    )
+def of_run(run: Path, users: list[str], candidates: list[list[str]]) -> dict[str, F64]:
+    """Scores (n, c) by baselines, exits and plan of candidates (n, c) of users (n,): ids, as of the users' last row."""
+    opened = open_run(run)
+    data, plan = opened.data, opened.plan
     log = data.split.interactions
     code_of_user = dict(log.users.select("user_id", "user").iter_rows())
     code_of_item = dict(log.items.select("item_id", "item").iter_rows())
     shape = np.shape(candidates)
-    user = np.repeat([code_of_user[name] for name in users], shape[1])
+    # 1. baselines, which read features alone
+    listed = [name for names in candidates for name in names]
     asked = pl.DataFrame(
         {
-            "user": user,
-            "item": [code_of_item[name] for listed in candidates for name in listed],
+            "user": np.repeat([code_of_user[name] for name in users], shape[1]),
+            "item": [code_of_item[name] for name in listed],
         }
     ).with_columns(timestamp=data.split.latest, label=-1, candidate=True)
     features = data.features.of_requests(asked)
-    found = fit_baselines(data.split.rows, data.retrieved, ("valid",), further=features)
-    return {
+    fitted = fit_baselines(data.split.rows, data.retrieved, ("valid",), further=features)
+    scores = {
         b.name: b.further.reshape(shape)
-        for b in found
+        for b in fitted
         if b.name in OURS and b.further is not None
+    }
+    # 2. exits and the plan
+    requests = [
+        RankRequest(user, None, listed, time=data.split.latest, request_id=str(k))
+        for k, (user, listed) in enumerate(zip(users, candidates, strict=True))
+    ]
+    logits = list[F64]()
+    for start in range(0, len(requests), SCORED_TOGETHER):
+        part = Requests(requests[start : start + SCORED_TOGETHER], log.items)
+        prepared = prepare_requests(opened.model, data, part)
+        table = score_every_head(opened.model.eval(), prepared)
+        raw = table.select(f"logit_{layer}" for layer in plan.layers).to_torch()
+        read = torch.from_numpy(np.concatenate([one.retrieved for one in prepared]))
+        outputs = HeadOutputs(plan.layers, plan.calibration.apply(raw.double()), read)
+        logits.append(np.column_stack([outputs.logits, plan.emitted(outputs)[1]]))
+        print(f"{start + len(part.requests)} of {len(requests)} requests", flush=True)
+    names = [f"exit {layer}" for layer in plan.layers] + ["plan"]
+    columns = np.concatenate(logits).T
+    return scores | {
+        name: of.reshape(shape) for name, of in zip(names, columns, strict=True)
     }
 
 
@@ -310,35 +363,25 @@ def light_gcn(user: I64, item: I64, users: int, items: int) -> F64:
     return found
 
 
-def main(games: str, movielens: str, part: str = "all") -> None:
-    """Both logs; the file is written after each. Part `own`: counts and LightGCN stay as the file has them."""
+def main(games: str, movielens: str, *runs: str) -> None:
+    """Both logs; the file is written after each."""
     rows = list[dict[str, Any]]()
-    old = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if part == "own" else []
-    old = [
-        {"trained": "on this log"} | of
-        for of in old
-        if of["scores"] not in OURS and not of["scores"].endswith("published")
-    ]
-
-    def keep(log: str, table: pl.DataFrame, folder: Path, items: pl.DataFrame) -> None:
-        sets = [pl.read_parquet(f) for f in sorted(folder.glob("candidates_*.parquet"))]
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "study",
+        "protocol": {"name": "LLMRank's candidates", "hash": "published"},
+        "about": ABOUT.format(epochs=EPOCHS, targets=TARGETS, each=PER_TARGET),
+    }
+    old = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if runs else []
+    old = [of | {f"minus {BEST}": None} for of in old if of["scores"] in COUNTED]
+    asked = {"Games": (games, games), "MovieLens 1M": (movielens, None)}
+    for k, (log, (folder, source)) in enumerate(asked.items()):
+        sets = [pl.read_parquet(f) for f in Path(folder).glob("candidates_*.parquet")]
         sets.sort(key=lambda table: table.height)
         kept = [of for of in old if of["log"] == log]
-        rows.extend(study(log, table, sets, items, kept))
-        head = {
-            "schema_version": SCHEMA_VERSION,
-            "command": "study",
-            "protocol": {"name": "LLMRank's candidates", "hash": "published"},
-            "about": ABOUT.format(epochs=EPOCHS, targets=TARGETS, each=PER_TARGET),
-        }
+        run = Path(runs[k]) if runs else None
+        rows.extend(study(log, *clicks_of(source), sets, run, kept))
         write_json(OUT, head | {"rows": rows})
-
-    clicks = pl.read_parquet(Path(games) / "interactions.parquet")
-    clicks = clicks.sort("user_id", "timestamp", maintain_order=True)
-    keep("Games", clicks, Path(games), pl.read_parquet(Path(games) / "items.parquet"))
-    raw = MovieLens1M().read()
-    films = raw.interactions.sort("user_id", "timestamp", maintain_order=True)
-    keep("MovieLens 1M", films, Path(movielens), raw.items)
 
 
 if __name__ == "__main__":

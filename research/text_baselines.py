@@ -68,15 +68,21 @@ def answers_by_similarity(rows: WalkRows, vectors: F32) -> F64:
     return found
 
 
-def study(config: Path) -> list[dict[str, Any]]:
-    """Rows of the table for one data configuration."""
-    # 1. retrieved features of the configuration's log
+def data_of(config: Path) -> InteractionData:
+    """The data of a configuration file."""
     parser = ArgumentParser()
     parser.add_class_arguments(InteractionData, "data")
     settings = parser.parse_object(
         {"data": yaml.safe_load(config.read_text(encoding="utf-8"))["data"]}
     )
     data: InteractionData = parser.instantiate(settings).data
+    return data
+
+
+def study(config: Path) -> list[dict[str, Any]]:
+    """Rows of the table for one data configuration."""
+    # 1. retrieved features of the configuration's log
+    data = data_of(config)
     rows, items = data.split.rows, data.split.interactions.items
     labels = train_labels(rows)
     targets = {split: targets_of(rows, split) for split in SPLITS}
