@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from project.features import feature_matrix, logistic_regression
 from project.retrieval.own_text import SHRINK, item_vectors
 from project.retrieval.past import WalkRows, queries_by_user
 from project.retrieval.text import MeanPooling, encode_once, item_texts
-from project.run import SCHEMA_VERSION
+from project.run import SCHEMA_VERSION, write_json
 
+OUT = Path(__file__).parents[1] / "results" / "text_baselines.json"
 SPLITS = ("train", "valid", "test")
 DIMENSIONS = 48
 # of 4, 8 and 16 the best on tune; TF-IDF similarities are squared
@@ -148,21 +150,25 @@ def study(config: Path) -> list[dict[str, Any]]:
     return found
 
 
-def main(configs: list[str]) -> None:
-    """Study every configuration; keep the rows of those that the file has and that are not studied now."""
-    target = Path(__file__).parents[1] / "results" / "text_baselines.json"
-    old = json.loads(target.read_text(encoding="utf-8"))["rows"] if target.is_file() else []
+def study_all(
+    configs: Sequence[str],
+    study: Callable[[Path], list[dict[str, Any]]],
+    out: Path,
+    about: str,
+) -> None:
+    """Study every configuration; rows of others stay. The file is written after each."""
+    old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
     rows = [row for row in old if row["log"] not in {Path(c).stem for c in configs}]
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "study",
+        "protocol": {"name": "of each log", "hash": "several"},
+        "about": about,
+    }
     for config in configs:
         rows += study(Path(config))
-    head = {
-        "schema_version": SCHEMA_VERSION, "command": "study",
-        "protocol": {"name": "of each log", "hash": "several"}, "about": ABOUT,
-    }  # fmt: skip
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    part.replace(target)
+        write_json(out, head | {"rows": rows})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    study_all(sys.argv[1:], study, OUT, ABOUT)

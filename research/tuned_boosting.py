@@ -7,7 +7,6 @@ baseline is chosen on, so its tune AUC is an upper one.
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,8 +16,7 @@ from project.evaluation.baselines import boosting, targets_of, targets_table, tr
 from project.evaluation.bootstrap import UserBootstrap
 from project.features import feature_matrix
 from project.metrics import auc
-from project.run import SCHEMA_VERSION, write_json
-from research.text_baselines import SPLITS, data_of
+from research.text_baselines import SPLITS, data_of, study_all
 
 OUT = Path(__file__).parents[1] / "results" / "tuned_boosting.json"
 GRID = {
@@ -91,20 +89,5 @@ def study(config: Path) -> list[dict[str, Any]]:
     return [row]
 
 
-def main(configs: list[str]) -> None:
-    """Study every configuration; rows of others stay."""
-    old = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if OUT.is_file() else []
-    rows = [row for row in old if row["log"] not in {Path(c).stem for c in configs}]
-    for config in configs:
-        rows += study(Path(config))
-    head = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "study",
-        "protocol": {"name": "of each log", "hash": "several"},
-        "about": ABOUT,
-    }
-    write_json(OUT, head | {"rows": rows})
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    study_all(sys.argv[1:], study, OUT, ABOUT)
