@@ -268,7 +268,7 @@ class InteractionData(L.LightningDataModule):
         numbers = ["mf_number"] if self.mf is not None else []
         numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
         log = self.split.interactions
-        prompt = with_segment(self.wording, self.tokenizer, log.items, numbers, log.columns)
+        prompt = with_segment(self.wording, self.tokenizer, log.items, numbers)
         check_columns(prompt, log.columns, log.not_read)
         return prompt
 

@@ -364,7 +364,7 @@ def light_gcn(user: I64, item: I64, users: int, items: int) -> F64:
 
 
 def main(games: str, movielens: str, *runs: str) -> None:
-    """Both logs; the file is written after each."""
+    """Both logs; the file is written after each. With runs the rows of a log without one stay."""
     rows = list[dict[str, Any]]()
     head = {
         "schema_version": SCHEMA_VERSION,
@@ -373,12 +373,16 @@ def main(games: str, movielens: str, *runs: str) -> None:
         "about": ABOUT.format(epochs=EPOCHS, targets=TARGETS, each=PER_TARGET),
     }
     old = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if runs else []
-    old = [of | {f"minus {BEST}": None} for of in old if of["scores"] in COUNTED]
+    old = [of | {f"minus {BEST}": None} for of in old]
     asked = {"Games": (games, games), "MovieLens 1M": (movielens, None)}
     for k, (log, (folder, source)) in enumerate(asked.items()):
         sets = [pl.read_parquet(f) for f in Path(folder).glob("candidates_*.parquet")]
         sets.sort(key=lambda table: table.height)
         kept = [of for of in old if of["log"] == log]
+        if runs and k >= len(runs):
+            rows.extend(kept)
+            continue
+        kept = [of for of in kept if of["scores"] in COUNTED]
         run = Path(runs[k]) if runs else None
         rows.extend(study(log, *clicks_of(source), sets, run, kept))
         write_json(OUT, head | {"rows": rows})

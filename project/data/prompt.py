@@ -40,7 +40,7 @@ class Prompt:
             item_count_number; several of these in one token as {item_number+mf_number}. {title:.40} is at most 40
             characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
             projection of a frozen embedding of the text, by the backbone's first layers. {context} is one learned token
-            of the row's context. Null shows {context}, and {user} after the instruction, of a log that has them.
+            of the row's context.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
             With a leading space heads start from all spellings that are one, without it from this token alone.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -274,12 +274,11 @@ def with_segment(
     tokenizer: PreTrainedTokenizerBase,
     items: pl.DataFrame,
     numbers: Sequence[str] = (),
-    columns: Iterable[str] = (),
 ) -> Prompt:
     """The prompt with a segment: its own, or where it has none the title, short item columns, and in one token numbers.
 
-    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted, `columns` the log's of
-    context and users' attributes.
+    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted. Context is not shown
+    unasked: exits that read it in exit 0 alone were as good or better (results/columns.json).
     """
     if prompt.segment is not None:
         return prompt
@@ -297,14 +296,7 @@ def with_segment(
     counted = "+".join(
         ["item_number", "user_number", "vote_number", "text_number", *numbers]
     )
-    prefixes = {name.partition(".")[0] + "." for name in columns}
-    context = f"{{{CONTEXT_FIELD}}}" if CONTEXT in prefixes else ""
-    instruction = prompt.instruction
-    if USER in prefixes and USER_FIELD not in instruction:
-        instruction += USER_FIELD
-    return replace(
-        prompt, instruction=instruction, segment=f"{texts}{context}{{{counted}}}"
-    )
+    return replace(prompt, segment=f"{texts}{{{counted}}}")
 
 
 def check_columns(
