@@ -25,9 +25,10 @@ from project.run import SCHEMA_VERSION, exit_layers_of, write_json
 READERS = {"lr_text": "lr_context", "gbdt_text": "gbdt_context"}
 SPLITS = ("valid", "test")
 ABOUT = (
-    "AUC on test without columns of context and users' attributes, with them in exit 0 alone, and with them in prompts, "
-    "too; minus: paired, users resampled, 95 %. Exits are calibrated with exit 0 on tune. lr_text and gbdt_text have no "
-    "columns, lr_context (exit 0) and gbdt_context are the same models with them. The best baseline is chosen on tune."
+    "AUC on test without columns of context and users' attributes, with them in exit 0 alone, and with them in prompts "
+    "as well; minus: paired, users resampled, 95 %. Exits are calibrated with exit 0 on tune. lr_text and gbdt_text "
+    "have no columns, lr_context (exit 0) and gbdt_context are the same models with them. The best baseline is chosen "
+    "on tune."
 )
 
 
