@@ -27,7 +27,6 @@ from project.data.batch import (
     StageClock,
     TrainSampler,
 )
-from project.data.context import with_users
 from project.data.download import resolve_model
 from project.data.logs import Logs
 from project.data.prompt import (
@@ -35,10 +34,8 @@ from project.data.prompt import (
     Prompt,
     PromptEncoder,
     RatingScale,
-    check_columns,
     field_showing,
     item_columns,
-    shown_prefixes,
     shows_items,
     shows_numbers,
     with_segment,
@@ -60,9 +57,8 @@ from project.data.requests import (
     without_long,
 )
 from project.data.stream import Streams, build_streams
-from project.data.vocabulary import Vocabulary
 from project.errors import CheckpointError, ConfigError, DataError, ProjectError
-from project.features import feature_matrix, fit_terms
+from project.features import feature_matrix
 from project.retrieval import (
     LightGCN,
     MatrixFactorisation,
@@ -267,19 +263,9 @@ class InteractionData(L.LightningDataModule):
         """The wording of prompts, with the default segment where data.prompt.segment is null."""
         numbers = ["mf_number"] if self.mf is not None else []
         numbers += ["item_similarity_number"] if self.retriever.item_neighbours else []
-        log = self.split.interactions
-        prompt = with_segment(self.wording, self.tokenizer, log.items, numbers)
-        check_columns(prompt, log.columns, log.not_read)
-        return prompt
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Of context and users' attributes that prompts show."""
-        log = self.split.interactions
-        prefixes = shown_prefixes(self.prompt)
-        kinds = {c: kind for c, kind in log.columns.items() if c.startswith(prefixes)}
-        table = with_users(self.targets("train"), log.users, kinds)
-        return Vocabulary(fit_terms(table, kinds, base=0.5))
+        return with_segment(
+            self.wording, self.tokenizer, self.split.interactions.items, numbers
+        )
 
     @cached_property
     def rating_scale(self) -> RatingScale | None:
@@ -300,9 +286,7 @@ class InteractionData(L.LightningDataModule):
     def encoder(self) -> PromptEncoder:
         """Makes segments of rows."""
         items = self.split.interactions.items
-        encoder = PromptEncoder(
-            self.tokenizer, self.prompt, items, self.vocabulary, self.rating_scale
-        )
+        encoder = PromptEncoder(self.tokenizer, self.prompt, items, self.rating_scale)
         shown, hidden = item_columns(self.prompt, items)
         note = f"; not shown: {', '.join(hidden)} (data.prompt.segment)" if hidden else ""
         rank_zero_info(f"Prompts show of each item: {', '.join(shown) or 'nothing'}{note}")

@@ -24,7 +24,6 @@ from project.config import open_run
 from project.data.download import SOURCES
 from project.data.prompt import NUMBERS as KINDS
 from project.data.prompt import RATING_SCALE, shows_numbers
-from project.data.vocabulary import Vocabulary
 from project.engine.predict import load_run
 from project.errors import DataError
 from project.exits.plan import CHECKPOINT_KEY, Plans
@@ -180,7 +179,6 @@ def export(run: Path, folder: Path) -> Path:
         "schema_version": SCHEMA_VERSION,
         "exit_layers": bundle["exit_layers"],
         "history_layers": module.history_layers,
-        "vocabulary": [list(term) for term in module.vocabulary.terms],
         "exit_0": torch.from_numpy(baseline.to_array()),
         "exit_0_terms": [list(term) for term in baseline.terms],
         CHECKPOINT_KEY: plans.state(),
@@ -322,15 +320,12 @@ def load_exported(folder: str | Path) -> Exported:
     headless = SimpleNamespace(weight=torch.empty(0))
     backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
     backbone.release_lm_head()
-    vocabulary = Vocabulary(policy["vocabulary"])
     if (folder / NUMBERS).exists():
         learned = load_file(folder / NUMBERS)
         rated = (0, 0) if len(learned["numbers"]) > len(KINDS) else None
-        backbone.learn("items" in learned, vocabulary.rows, rated)
+        backbone.learn("items" in learned, rated)
         if "items" in learned:
             backbone.embed_tokens.know(learned.pop("items"))
-        if vocabulary.rows:
-            backbone.embed_tokens.know_context(vocabulary)
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}
         backbone.load_state_dict(state, strict=False)
     if policy["history_layers"] is not None:
@@ -351,7 +346,6 @@ def load_exported(folder: str | Path) -> Exported:
 def give_exported(module: ExitRecommender, folder: Path) -> Plans:
     """Give a module without weights those of a folder that `export` wrote; its plans."""
     module.backbone, module.heads, plans, exit_0 = load_exported(folder)
-    module.vocabulary = Vocabulary(read_checkpoint(folder / POLICY)["vocabulary"])
     module.know_exit_0({"exit_0_terms": exit_0.terms})
     module.exit_0.copy_(torch.from_numpy(exit_0.to_array()))
     return plans

@@ -28,8 +28,6 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
             data,
             compared=False,
         )
-    # the log may have grown since its vocabulary was trained
-    data.vocabulary = model.vocabulary
     # features: from the run's bundle, where the cache lacks them
     data.prepare_data()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

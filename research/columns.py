@@ -1,8 +1,9 @@
 """What columns are worth to a trained run: `python -m research.columns OUT.json (LOG WITH_RUN WITHOUT_RUN)...`.
 
-Two runs on the same rows, one of which reads context columns and users' attributes, in exit 0 and in prompts; both were
-fitted and tested. For baselines and every exit: AUC on test without the columns, with them in exit 0 alone, and with
-them in prompts, too. In exit 0 alone are the exits of the run without, calibrated with exit 0 of the run with.
+Run at commit 3b95009, the last version whose prompts could show columns ({context}, {user}). Two runs on the same rows,
+one of which reads context columns and users' attributes, in exit 0 and in prompts; both were fitted and tested. For
+baselines and every exit: AUC on test without the columns, with them in exit 0 alone, and with them in prompts, too. In
+exit 0 alone are the exits of the run without, calibrated with exit 0 of the run with.
 """
 
 from __future__ import annotations

@@ -37,16 +37,12 @@ ROUNDS = 15
 CANDIDATES = 64
 MORE = {"browser": 12, "weekday": 7}  # further categories and how many values each has
 COLUMNS = ["device", "placement", "hour", "price", *MORE, "scroll", "discount"]
-# with columns, without
-SEGMENTS: dict[str, tuple[str | None, str | None]] = {
-    "in words": (None, None),
-    "in one token": (SEGMENT + "{context}", SEGMENT),
-}
+SEGMENTS: dict[str, str | None] = {"in words": None, "in one token": SEGMENT}
 SIZES = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
 ABOUT = (
     "A request of 64 candidates to the server's ranker, with eight context columns, and without: median milliseconds, "
-    "and their ratio (16 requests resampled, 95 %). Items in words: the default prompt; in one token: the demo's, and "
-    "{context} is one more. Memory: peak of a process that reads a log and cuts it by the protocol."
+    "and their ratio (16 requests resampled, 95 %). Items in words: the default prompt; in one token: the demo's. "
+    "Memory: peak of a process that reads a log and cuts it by the protocol."
 )
 
 
@@ -150,12 +146,9 @@ def main(out: Path, rows: int) -> None:
         make_log(small, ROWS)
         log = pl.read_parquet(small / "interactions.parquet")
         rows_made = list[dict[str, Any]]()
-        for words, segments in SEGMENTS.items():
+        for words, segment in SEGMENTS.items():
             brought = {"with columns": COLUMNS, "without": list[str]()}
-            runs = {
-                name: fit(small, of, segment)
-                for (name, of), segment in zip(brought.items(), segments, strict=True)
-            }
+            runs = {name: fit(small, of, segment) for name, of in brought.items()}
             found = times(runs, log)
             rows_made += [
                 {"items": words, "run": name, "ms a request": found["ms"][k]}

@@ -126,13 +126,10 @@ def _both(
         name, num_hidden_layers=model.depth, dtype=torch.float32
     )
     base.embed_tokens.requires_grad_(not model.freeze_embeddings)
-    context = data.vocabulary
-    if model.items or model.numbers or context.rows:
-        backbone.learn(model.items, context.rows, (0, 0) if data.rating_scale else None)
+    if model.items or model.numbers:
+        backbone.learn(model.items, (0, 0) if data.rating_scale else None)
         if model.items:
             backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
-        if context.rows:
-            backbone.embed_tokens.know_context(context)
         base.embed_tokens = deepcopy(backbone.embed_tokens)
     return backbone.to(device), base.to(device)
 

@@ -11,29 +11,21 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import torch
 import yaml
-from example_engine import alone
-from torch import nn
 from world import call, tiny_settings
 
 from project.api import Run, open_run
-from project.data.batch import pack
-from project.data.prompt import LOWEST_ID, read_number_ids
 from project.data.requests import (
     Catalogue,
     Requests,
     catalogue_requests,
     read_requests,
 )
-from project.data.vocabulary import FIRST_CONTEXT_ID, LOWEST_CONTEXT_ID, Vocabulary
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import ConfigError, DataError
 from project.evaluation import moment
 from project.evaluation.moment import moment_requests
-from project.export import export, load_exported
-from project.features import FEATURES, Term
-from project.model.backbone import NumberEmbedding
+from project.features import FEATURES
 from project.request import Item, RankRequest
 from project.serve.ranker import Ranker
 from project.serve.refit import grown_log
@@ -75,8 +67,7 @@ def fitted(
     dates = ["1970-01-01T00:02:30", "1970-01-01T00:03:20"]
     config["data"]["protocol"] |= {"split": "date", "dates": dates}
     config["data"] |= {"serving_values": {"device": "tv"}, "context_tokens": 512}
-    shown = "{title}{context}{item_number+user_number+vote_number+text_number}"
-    config["data"]["prompt"] = {"segment": shown, "instruction": "I{user}"}
+    del config["data"]["prompt"]  # the default
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     call(session_cache, "fit", "--config", folder / "tiny.yaml")
     return folder / "version_0"
@@ -168,8 +159,14 @@ def test_training_predict_and_server_agree(opened: Run, fitted: Path) -> None:
     found = np.concatenate(exit_0(run, *requests))
     assert found == pytest.approx(expected, abs=1e-6)
     # the test can fail: context moves exit 0
-    without = exit_0(run, *(replace(r, context=None) for r in requests))
+    bare = [replace(r, context=None) for r in requests]
+    without = exit_0(run, *bare)
     assert np.abs(np.concatenate(without) - found).max() > 1e-3
+    # and no token of a prompt
+    for said, unsaid in zip(
+        prepared_of(run, *requests[:20]), prepared_of(run, *bare[:20]), strict=True
+    ):
+        assert said.candidates.values.tolist() == unsaid.candidates.values.tolist()
     # the server, after the log, by HTTP's body: a request a user, of all their rows
     ranker = Ranker.load(fitted, audit_share=0.0)
     LIMITS.set(ServeSettings(fitted))
@@ -261,69 +258,6 @@ def test_users_that_are_put(fitted: Path, opened: Run, tmp_path: Path) -> None:
         grown_log(fitted, store)
 
 
-def test_prompts_show_context(opened: Run, fitted: Path, tmp_path: Path) -> None:
-    """Logits of test's rows at every exit to 1e-5: packed, as requests at their time; after the log by the server.
-
-    A value moves the logits of its own row, whose context is known before the answer, and those of later rows of the
-    user; never an earlier one's. Unseen and missing are one vector.
-    """
-    run = opened
-    vocabulary = run.model.vocabulary
-    # three devices, ten lines between nine knots for a price, three countries; one vector each for what is unknown
-    assert vocabulary.rows == (1 + 3) + (1 + 9) + (1 + 3)
-    assert run.model.backbone is not None
-    context = run.model.backbone.embed_tokens.context
-    assert context.shape == (18, run.model.backbone.config.hidden_size)
-    run.model.know(run.data)
-    # 1. packed, and each row as a request
-    streams = run.data.streams("test")
-    packed = dict[int, np.ndarray]()
-    for window in streams.evaluation(512):
-        batch = pack(streams, [window])
-        logits = run.model(batch).detach().numpy()
-        packed |= dict(zip(batch.row_id.tolist(), logits, strict=True))
-    assert len(packed) > 20
-    rows = rows_of(run).filter(pl.col("row_id").is_in(list(packed)))
-    asked = as_requests(rows)
-    for row_id, prepared in zip(rows["row_id"], prepared_of(run, *asked), strict=True):
-        found = alone(run.model, prepared, 0).detach().numpy()
-        np.testing.assert_allclose(found, packed[row_id], atol=1e-5)
-    # canary: another context of one row
-    stream, window = next(
-        (s, w) for s, w in streams.evaluation(512) if w.last - w.first > 4
-    )
-    batch = pack(streams, [(stream, window)])
-    before = run.model(batch).detach().numpy()
-    k = len(batch.slots) // 2
-    own = slice(int(batch.slots[k] - batch.target_tokens[k]) + 1, int(batch.slots[k]) + 1)
-    shown = own.start + torch.nonzero(batch.tokens[0, own] <= FIRST_CONTEXT_ID).flatten()
-    assert len(shown) == 1
-    (missing,) = run.data.vocabulary.tokens("context.", {}, 1)
-    assert batch.tokens[0, shown] != missing.values[0]
-    batch.tokens[0, shown] = int(missing.values[0])
-    moved = np.abs(run.model(batch).detach().numpy() - before).max(1) > 1e-7
-    group = batch.layout.group[0, batch.slots]
-    assert moved[k]
-    assert moved[group > group[k]].all()
-    assert not moved[np.arange(len(moved)) < k].any()
-    # 2. tokens of the server, after the log
-    ranker = Ranker.load(fitted, audit_share=0.0)
-    late = [replace(one, time=None) for one in asked[:20]]
-    for one, prepared in zip(late, prepared_of(run, *late), strict=True):
-        late_one = served(ranker, ranker._catalogue().resolve(one))
-        assert late_one.stream.tokens.tolist() == prepared.stream.tokens.tolist()
-        assert late_one.candidates.values.tolist() == prepared.candidates.values.tolist()
-    # 3. the exported folder's vectors
-    tokens = torch.from_numpy(late_one.candidates.values)
-    exported = load_exported(export(fitted, tmp_path / "exported")).backbone
-    expected = run.model.backbone.embed_tokens(tokens)
-    assert torch.equal(exported.embed_tokens(tokens), expected)
-    # 4. attributes that a request brings for a user are not those of the kept prefix
-    other = served(ranker, replace(late[0], user={"country": "es"}))
-    plain = served(ranker, replace(late[0], user={"country": "fr"}))
-    assert other.stream.tokens.tolist() != plain.stream.tokens.tolist()
-
-
 def test_requests_of_a_log_have_its_context(opened: Run) -> None:
     """Exit 0 and tokens of a target among other candidates are those of its row; all have the row's context.
 
@@ -374,41 +308,6 @@ def test_the_first_row_of_a_moment_is_the_row_as_tested(
         (at,) = np.flatnonzero(streams.row_id == row_id)
         own = streams.tokens[at][: streams.slots[at] + 1]
         assert made.candidates[0].tolist() == own.tolist()
-
-
-def test_a_token_is_the_sum_of_its_values_vectors() -> None:
-    """Of a category's value or of the line between two knots; missing and rare values have a column's first vector."""
-    device = Term("context.device", "is", 1.0)
-    price = Term("context.price", "number", 10.0, 2.0)
-    vocabulary = Vocabulary([device, device._replace(value=2.0), price])
-    values = {
-        "context.device": np.array([2.0, 3.0, np.nan]),
-        "context.price": np.array([12.0, 13.0, np.nan]),
-    }
-    (tokens,) = vocabulary.tokens("context.", values, 3)
-    ids = torch.from_numpy(tokens.values)
-    embedding = NumberEmbedding(nn.Embedding(5, 4), vocabulary.rows)
-    embedding.know_context(vocabulary)
-    vectors = embedding.context
-    assert vectors is not None
-    # rows: device unknown, 1, 2; price unknown, knots -4 to 4: 12 is one deviation above, 13 one and a half
-    expected = [
-        vectors[2] + vectors[4 + 5],
-        vectors[0] + (vectors[4 + 5] + vectors[4 + 6]) / 2,
-        vectors[0] + vectors[3],
-    ]
-    found = embedding(ids)
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
-    assert read_number_ids(ids)[0].sum() == 0
-
-
-def test_eight_columns_are_one_token() -> None:
-    """A token holds eight numbers; the ninth takes another. No id is that of a word, a number or an item."""
-    terms = [Term(f"context.{k}", "number", 0.0, 1.0) for k in range(9)]
-    assert Vocabulary(terms).layout[0].tolist() == [0] * 8 + [1]
-    high = {term.column: np.array([9.0]) for term in terms}
-    for tokens in Vocabulary(terms).tokens("context.", high, 1):
-        assert LOWEST_CONTEXT_ID < tokens.values[0] <= FIRST_CONTEXT_ID < LOWEST_ID - 2**40
 
 
 def test_what_is_absent(opened: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from project.arrays import F64, I8, I64
-from project.data.context import CONTEXT, USER
 from project.data.ragged import Ragged, append, join
-from project.data.vocabulary import Vocabulary
 from project.errors import ConfigError
 from project.features import FEATURES, Retrieved, feature_matrix
 
@@ -28,8 +26,7 @@ class Prompt:
     """The wording of prompts.
 
     Args:
-        instruction: Stands once before every history. Never evicted. {user} is one learned token of the user's
-            attributes, where the log has some.
+        instruction: Stands once before every history. Never evicted.
         segment: Template of one interaction or candidate. Null: title, the columns of the items whose texts are short,
             and numbers of everything that is counted. Fields are columns of the items table (title and attributes) and
             retrieved features: item_percent, user_percent, vote_percent (shares of likes), mf_percent (chance of a
@@ -39,8 +36,7 @@ class Prompt:
             item_similarity_number, text_number (own answers on items of similar text), and the logarithm of a count as
             item_count_number; several of these in one token as {item_number+mf_number}. {title:.40} is at most 40
             characters of a title, or of an attribute. {item_text} is title and attributes in one token: a learned
-            projection of a frozen embedding of the text, by the backbone's first layers. {context} is one learned token
-            of the row's context.
+            projection of a frozen embedding of the text, by the backbone's first layers.
         answers: What follows a segment for a disliked and a liked item. Each must be a single token of the tokenizer.
             With a leading space heads start from all spellings that are one, without it from this token alone.
         similar: Template of a list of what similar users liked, with the field {titles} (joined by "; "); null where
@@ -74,11 +70,10 @@ STEPS_A_UNIT = 20  # a number is rounded to .05
 SPAN = 6  # and to values from -6 to 6
 STEPS = 2 * SPAN * STEPS_A_UNIT + 1
 BYTE = 256  # 0: not shown; 1 to STEPS: the step
-LOWEST_ID = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
+LOWEST_ID: int = -sum(STEPS * BYTE**kind for kind in range(len(NUMBERS)))
 # a rating in a history has ids from LOWEST_ID - STEPS to LOWEST_ID - 1
 FIRST_ITEM_ID = LOWEST_ID - STEPS - 1  # of the item with code 0; that of code k is k lower
 ITEM_TEXT = "item_text"
-CONTEXT_FIELD, USER_FIELD = "context", "{user}"
 
 
 def fields_together(name: str) -> list[str] | None:
@@ -206,8 +201,8 @@ def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[s
 def split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str, str]]:
     """The pieces of a template of segments; no two static ones follow each other.
 
-    A piece is ("static", template of item fields), ("retrieved", field as text), ("number", field of numbers),
-    ("item", ITEM_TEXT) or ("context", CONTEXT_FIELD).
+    A piece is ("static", template of item fields), ("retrieved", field as text), ("number", field of numbers) or
+    ("item", ITEM_TEXT).
     """
     own = [name for name in item_fields if not _NO_NAME.fullmatch(name)]
     try:
@@ -232,21 +227,20 @@ def split_template(template: str, item_fields: Sequence[str]) -> list[tuple[str,
         elif static:
             parts.append(("static", static))
         if name is not None and name not in own:
-            kinds = {ITEM_TEXT: "item", CONTEXT_FIELD: "context"}
-            kinds |= dict.fromkeys(RETRIEVED_FIELDS, "retrieved")
+            kinds = {ITEM_TEXT: "item"} | dict.fromkeys(RETRIEVED_FIELDS, "retrieved")
             parts.append((kinds.get(name, "number"), name))
     return parts
 
 
 def _check_field(name: str, written: str, own: list[str]) -> None:
     """Refuse a field that is unknown, both an item column and a retrieved feature, or has a format it cannot have."""
-    ours = [*RETRIEVED_FIELDS, ITEM_TEXT, CONTEXT_FIELD]
+    ours = [*RETRIEVED_FIELDS, ITEM_TEXT]
     if name not in [*own, *ours] and not fields_together(name):
         raise ConfigError(
             f"data.prompt.segment names the field {{{name}}}, which is unknown. Item fields here: "
             f"{', '.join(own)}, and {ITEM_TEXT} (all of them in one token); retrieved features: "
             f"{', '.join([*RETRIEVED_FIELDS, *NUMBERS])}; several numbers in one token, each once, as "
-            f"{{item_number+mf_number}}; a row's context: {{{CONTEXT_FIELD}}}."
+            "{item_number+mf_number}."
         )
     if name in own and name in [*ours, *NUMBERS]:
         raise ConfigError(
@@ -277,8 +271,8 @@ def with_segment(
 ) -> Prompt:
     """The prompt with a segment: its own, or where it has none the title, short item columns, and in one token numbers.
 
-    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted. Context is not shown
-    unasked: exits that read it in exit 0 alone were as good or better (results/columns.json).
+    `numbers` are those of `NUMBERS` that this run has beside the ones that are always counted. Context is for exit 0
+    alone: no exit was better with it in prompts, too (results/columns.json).
     """
     if prompt.segment is not None:
         return prompt
@@ -288,7 +282,7 @@ def with_segment(
         tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return bool(tokens) and float(np.median(tokens)) <= SHORT
 
-    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT, CONTEXT_FIELD)
+    taken = ("item", "item_id", *RETRIEVED_FIELDS, *NUMBERS, ITEM_TEXT)
     named = [
         name for name in items.columns if name not in taken and not _NO_NAME.fullmatch(name)
     ]
@@ -297,28 +291,6 @@ def with_segment(
         ["item_number", "user_number", "vote_number", "text_number", *numbers]
     )
     return replace(prompt, segment=f"{texts}{{{counted}}}")
-
-
-def check_columns(
-    prompt: Prompt, columns: Iterable[str], not_read: Sequence[str] = ()
-) -> None:
-    """Raise `ConfigError` for a {context} or {user} of a log that has no such columns; `not_read` are its others."""
-    for prefix, place, remedy in (
-        (CONTEXT, "segment", "list columns under data.logs.init_args.context"),
-        (USER, "instruction", "name a table under data.logs.init_args.users"),
-    ):
-        there = any(column.startswith(prefix) for column in columns)
-        if prefix in shown_prefixes(prompt) and not there:
-            raise ConfigError(
-                f"data.prompt.{place} shows {{{prefix[:-1]}}}, but the log has no such columns (interactions, not "
-                f"read: {', '.join(not_read) or 'none'}). Expected: {remedy}, or leave the field out."
-            )
-
-
-def shown_prefixes(prompt: Prompt) -> tuple[str, ...]:
-    """Prefixes of the columns that a prompt shows in learned tokens."""
-    context = CONTEXT_FIELD in field_names(prompt.segment or "")
-    return (CONTEXT,) * context + (USER,) * (USER_FIELD in prompt.instruction)
 
 
 # Segments
@@ -340,13 +312,11 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         prompt: Prompt,
         items: pl.DataFrame,
-        vocabulary: Vocabulary | None = None,
         scale: RatingScale | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         # None: histories show labels alone
         self._scale = scale
-        self._vocabulary = vocabulary or Vocabulary()
         item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
         assert segment is not None
@@ -370,12 +340,11 @@ class PromptEncoder:
             for i, token in tokenizer.added_tokens_decoder.items()
             if token.special
         }
-        *pieces, no, yes = (
+        instruction, no, yes = (
             tokenizer.encode(text, add_special_tokens=False) if text else []
-            for text in (*prompt.instruction.split(USER_FIELD), *prompt.answers)
+            for text in (prompt.instruction, *prompt.answers)
         )
-        # what stands before, between and behind tokens of the user
-        self._instruction = [Ragged.of([piece]) for piece in pieces]
+        self.instruction: I64 = np.array(instruction, np.int64)  # token ids
         # index 0, 1: the answers; index 2 (label -1): unknown, no answer tokens
         self._answers = Ragged.of([no, yes, []])
         self._static = self._static_of(items)
@@ -448,8 +417,6 @@ class PromptEncoder:
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
-            elif kind == "context":
-                parts += self._vocabulary.tokens(CONTEXT, columns, len(item))
             elif kind == "item":
                 parts.append(Ragged(FIRST_ITEM_ID - item, np.arange(len(item) + 1)))
             elif features is not None and kind == "number":
@@ -473,21 +440,10 @@ class PromptEncoder:
         segments = join([*parts, answers])
         return Segments(segments, segments.lengths - answers.lengths - 1)
 
-    def instructions(self, retrieved: pl.DataFrame | Retrieved, n: int) -> Ragged:
-        """Token ids of the instruction for the users of n rows of the retrieved features."""
-        columns = Retrieved.of(retrieved).columns
-        user = self._vocabulary.tokens(USER, columns, n)
-        constant = [piece.take(np.zeros(n, np.int64)) for piece in self._instruction]
-        parts = [constant[0]]
-        for piece in constant[1:]:
-            parts += [*user, piece]
-        return join(parts)
-
     def least_lengths(self) -> I64:
         """(items,) fewest tokens of an item's prompt alone: instruction, segment (one a retrieved feature), answer."""
-        instruction = self.instructions(pl.DataFrame(), 1)  # as long for everybody
         fixed = len(self._parts) - len(self._static) + int(self._answers.lengths.max())
-        lengths: I64 = np.full(len(self._titles), fixed + len(instruction.values))
+        lengths: I64 = np.full(len(self._titles), fixed + len(self.instruction))
         return sum((part.lengths for part in self._static.values()), start=lengths)
 
     def encode_similar(self, lists: Sequence[Sequence[int]]) -> Ragged:

@@ -222,12 +222,12 @@ def streams_of(
         segments.append(encoder.encode(item, features, answer, rating))
         if encoder.similar is not None:
             similar.append(features["similar_after"])
-    # 2. a stream each user, whose attributes the instruction shows
+    # 2. a stream each user, with an instruction each
     starts = np.flatnonzero(np.diff(joined["user"].to_numpy())) + 1
     offsets = np.concatenate([[0], starts, [joined.height]]).astype(np.int64)
-    last = joined[offsets[1:] - 1] if joined.height else joined
-    of_user = last if retrieved is None else retrieved[last["place"]]
-    instructions = encoder.instructions(of_user, len(offsets) - 1)
+    users = len(offsets) - 1
+    ends = len(encoder.instruction) * np.arange(users + 1)
+    instructions = Ragged(np.tile(encoder.instruction, users), ends)
     streams = Streams(
         offsets=offsets,
         row_id=joined["row_id"].to_numpy().astype(np.int64),

@@ -27,7 +27,6 @@ from project.data.requests import (
     some_usable,
     without_long,
 )
-from project.data.vocabulary import Vocabulary
 from project.datamodule import InteractionData, check_reads
 from project.engine.cache import StreamCache
 from project.engine.decisions import ListExits
@@ -80,7 +79,6 @@ def load_weights(
         check_reads(content.get("reads"), data, "validate" if compared else "predict")
     # 2. a backbone, then the weights that training has changed
     if model.backbone is None:
-        model.vocabulary = Vocabulary(content.get("vocabulary", ()))
         backbone = Backbone.from_pretrained(
             resolve_model(model.backbone_name), num_layers=model.depth
         )

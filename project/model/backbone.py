@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from project.data.download import quiet_loading
 from project.data.prompt import FIRST_ITEM_ID, NUMBERS, read_number_ids
-from project.data.vocabulary import (
-    FIRST_CONTEXT_ID,
-    FIRST_KNOT,
-    KNOTS,
-    LAST_KNOT,
-    LOWEST_CONTEXT_ID,
-    TOKENS,
-    Vocabulary,
-)
 from project.errors import ConfigError
 from project.layout import Layout
 from project.model.attention import SEGMENTS, History
@@ -40,6 +30,8 @@ SUPPORTED = (
     "Llama/SmolLM2, SmolLM3, Qwen2, Qwen3 and Mistral, every layer with full attention"
 )
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
+FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # numbers beyond are clamped to these
+KNOTS = 9  # one at every whole number
 
 
 @dataclass(frozen=True)
@@ -60,16 +52,9 @@ class NumberEmbedding(nn.Embedding):
     Every kind of number has KNOTS trained vectors, one at some values each; a number's vector lies on the line between
     the two nearest, and a token of several numbers is the sum of their vectors, a generalised additive model's input.
     CoLLM (arXiv 2310.19488) puts trained vectors of users and items into an LLM's input; these are of counted numbers.
-    A token of context, or of a user's attributes, is the sum of its values' vectors, `rows` in all (`Vocabulary`).
     """
 
-    context: nn.Parameter | None  # (rows, H)
-    layout: Tensor  # (4, columns) of the ids of context
-    shares: Tensor  # (digits, rows)
-
-    def __init__(
-        self, words: nn.Embedding, rows: int = 0, answers: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, words: nn.Embedding, answers: tuple[int, int] | None = None) -> None:
         """With ratings where `answers` are the words no and yes: they start on the line through these vectors."""
         super().__init__(
             words.num_embeddings,
@@ -104,36 +89,11 @@ class NumberEmbedding(nn.Embedding):
             knots = torch.cat([knots, rating[None]])
         # (kinds, KNOTS, H)
         self.numbers = nn.Parameter(knots)
-        # at first random, as large as words'
-        start = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        vectors = nn.Parameter(start * weight.std()) if rows else None
-        self.register_parameter("context", vectors)
 
     @property
     def lowest_id(self) -> int:
         """The lowest id of a token that it has a vector of."""
-        return FIRST_ITEM_ID + 1 if self.context is None else LOWEST_CONTEXT_ID
-
-    def know_context(self, vocabulary: Vocabulary) -> None:
-        """Read ids that the vocabulary makes."""
-        layout = torch.from_numpy(vocabulary.layout).to(self.weight.device)
-        shares = torch.from_numpy(vocabulary.shares).to(self.weight)
-        self.register_buffer("layout", layout, persistent=False)
-        self.register_buffer("shares", shares, persistent=False)
-
-    def _with_context(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        if self.context is None:
-            return vectors
-        is_context = ids <= FIRST_CONTEXT_ID
-        rest = (FIRST_CONTEXT_ID - ids[is_context])[:, None]  # (m, 1)
-        token, unit, digits, first = self.layout
-        digit = rest // TOKENS // unit % digits  # (m, columns)
-        is_shown = (rest % TOKENS == token).to(self.shares.dtype)
-        shares = F.embedding_bag(
-            first + digit, self.shares, mode="sum", per_sample_weights=is_shown
-        )
-        found = shares.to(self.context.dtype) @ self.context  # (m, H)
-        return vectors.index_put((is_context,), found.to(vectors.dtype))
+        return FIRST_ITEM_ID + 1
 
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
@@ -150,8 +110,7 @@ class NumberEmbedding(nn.Embedding):
         numbers = shares.flatten(-2).to(self.numbers.dtype) @ self.numbers.flatten(0, 1)
         # ids of numbers read row 0 here, which the last line leaves out
         words = super().forward(ids.clamp(min=0))
-        vectors = torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
-        return self._with_context(vectors, ids)
+        return torch.where((ids < 0)[..., None], numbers.to(words.dtype), words)
 
 
 class ItemEmbedding(NumberEmbedding):
@@ -164,10 +123,8 @@ class ItemEmbedding(NumberEmbedding):
     items: Tensor  # (n, H) frozen
     moments: Tensor  # (2, H) mean and deviation
 
-    def __init__(
-        self, words: nn.Embedding, rows: int = 0, answers: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(words, rows, answers)
+    def __init__(self, words: nn.Embedding, answers: tuple[int, int] | None = None) -> None:
+        super().__init__(words, answers)
         weight, width = words.weight.detach(), words.embedding_dim
         self.register_buffer("items", weight.new_zeros(0, width), persistent=False)
         self.register_buffer(
@@ -182,7 +139,7 @@ class ItemEmbedding(NumberEmbedding):
 
     @property
     def lowest_id(self) -> int:
-        """That of the last item, where there is no context."""
+        """That of the last item."""
         return super().lowest_id - len(self.items)
 
     def know(self, vectors: Tensor) -> None:
@@ -198,7 +155,7 @@ class ItemEmbedding(NumberEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors (..., H) of token ids (...)."""
         vectors = super().forward(ids)
-        is_item = (ids <= FIRST_ITEM_ID) & (ids > FIRST_CONTEXT_ID)
+        is_item = ids <= FIRST_ITEM_ID
         mean, deviation = self.moments
         # (m, H) standardised vectors of the m tokens that show an item
         frozen = (self.items[FIRST_ITEM_ID - ids[is_item]] - mean) / deviation.clamp(
@@ -281,16 +238,14 @@ class Backbone(nn.Module):
         """Drop the LM head's weights; `answer_direction` cannot be called after this."""
         self._lm_head.clear()
 
-    def learn(
-        self, items: bool, rows: int = 0, answers: tuple[int, int] | None = None
-    ) -> None:
-        """Embed ids below zero, too, for which the LM has no vectors: numbers in prompts, and `rows` of context.
+    def learn(self, items: bool, answers: tuple[int, int] | None = None) -> None:
+        """Embed ids below zero, too, for which the LM has no vectors: numbers in prompts.
 
         With `answers`, the words no and yes, ratings as well. With `items` ids of items, as soon as `embed_tokens.know`
         has their vectors.
         """
         kind = ItemEmbedding if items else NumberEmbedding
-        self.embed_tokens = kind(self.embed_tokens, rows, answers)
+        self.embed_tokens = kind(self.embed_tokens, answers)
 
     def keep_history_shallow(self, layers: int) -> None:
         """Run histories through so many layers; later ones make their keys and values from where they end."""

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from project.data.protocol import SplitInteractions
-from project.data.vocabulary import Vocabulary
 from project.errors import CheckpointError, ConfigError
 from project.run import Checkpoint, read_checkpoint
 
 TRUSTED = "trusted:"
 EMBEDDINGS = "backbone.embed_tokens."
-CONTEXT = f"{EMBEDDINGS}context"
 NUMBERS = f"{EMBEDDINGS}numbers"
 # buffers that every run makes of its own rows
 OWN = {"chosen_exit", "exit_0"}
@@ -62,10 +60,7 @@ def read_initial(
 
 @torch.no_grad()
 def copy_weights(
-    content: Checkpoint,
-    state: Mapping[str, Tensor],
-    frozen: set[str],
-    vocabulary: Vocabulary,
+    content: Checkpoint, state: Mapping[str, Tensor], frozen: set[str]
 ) -> None:
     """Write a checkpoint's weights into a module's state; learned tokens that the checkpoint lacks stay as they are.
 
@@ -73,7 +68,6 @@ def copy_weights(
         content: The checkpoint.
         state: The module's tensors by name.
         frozen: Names of those that are not trained, which a checkpoint leaves to the base model.
-        vocabulary: What the rows of the module's context are of.
     """
     # 1. the same weights are trained; learned tokens and words may come and go with the prompt
     saved = {k: v for k, v in content["state_dict"].items() if k not in OWN}
@@ -86,14 +80,9 @@ def copy_weights(
             f"model.initial trained other weights, among them {sorted(others)[:3]} ({len(others)} in all): its "
             "model.lora, model.head or model.freeze_embeddings differs. Use those of its config.yaml."
         )
-    # 2. by name; vectors of context by what they are of, since another log has other values
+    # 2. by name
     for name in trained & set(saved):
-        if name == CONTEXT:
-            rows = Vocabulary(content["vocabulary"]).names()
-            old = dict(zip(rows, saved[name], strict=True))
-            for vector, row in zip(state[name], vocabulary.names(), strict=True):
-                vector.copy_(old.get(row, vector))
-        elif name == NUMBERS:
+        if name == NUMBERS:
             # the kinds in their order; ratings are last, and not in every log
             kinds = min(len(saved[name]), len(state[name]))
             state[name][:kinds].copy_(saved[name][:kinds])

@@ -21,7 +21,6 @@ from transformers import AutoConfig
 
 from project.data.batch import Batch
 from project.data.download import resolve_model
-from project.data.vocabulary import Vocabulary
 from project.datamodule import InteractionData, check_reads, reads_of
 from project.errors import CheckpointError, ConfigError, NotFittedError
 from project.evaluation.result import (
@@ -151,7 +150,6 @@ class ExitRecommender(L.LightningModule):
         self.answers = answers or [" no", " yes"]  # dislike, like
         self.numbers = numbers
         self.items = items
-        self.vocabulary = Vocabulary()  # of context and users' attributes in prompts
         # learn a token for ratings of histories, too: known with the log, or a checkpoint
         self.ratings = False
         # whether the engine multiplies in bfloat16, see `compute_in`
@@ -181,7 +179,6 @@ class ExitRecommender(L.LightningModule):
         """Load the backbone and make the heads; called once, before the first batch."""
         if self.backbone is not None:
             return
-        self.vocabulary = self.data.vocabulary
         self.ratings = self.data.rating_scale is not None
         with self.data.clock.stage("load model"):
             folder = resolve_model(self.backbone_name)
@@ -203,7 +200,7 @@ class ExitRecommender(L.LightningModule):
         if self.initial is None or self.trainer.ckpt_path is not None:
             return
         content = read_initial(self.initial, self.exit_layers, self.backbone_name, split)
-        copy_weights(content, self.state_dict(), frozen_names(self), self.vocabulary)
+        copy_weights(content, self.state_dict(), frozen_names(self))
         self.trained_until = max(self.trained_until, content.get("trained_until", inf))
 
     def check(
@@ -226,8 +223,6 @@ class ExitRecommender(L.LightningModule):
             content = read_checkpoint(checkpoint, mmap=True)
             check_origin(content, self.exit_layers, self.backbone_name)
             check_reads(content.get("reads"), data, command)
-            # the log may have grown since
-            data.vocabulary = Vocabulary(content.get("vocabulary", ()))
         elif self.initial is not None:
             read_initial(self.initial, self.exit_layers, self.backbone_name, data.split)
 
@@ -249,9 +244,9 @@ class ExitRecommender(L.LightningModule):
             backbone.embed_tokens.requires_grad_(False)
         # 3. what the embeddings learn beside words
         rated = (no[0], yes[0]) if self.ratings else None
-        if self.items or self.numbers or self.vocabulary.rows:
+        if self.items or self.numbers:
             # last: they are trained whatever is frozen
-            backbone.learn(self.items, self.vocabulary.rows, rated)
+            backbone.learn(self.items, rated)
         self.backbone = backbone
 
     def compute_in(self, precision: object) -> None:
@@ -259,13 +254,10 @@ class ExitRecommender(L.LightningModule):
         self.in_bfloat16 = precision in ("bf16", "bf16-mixed")
 
     def know(self, data: InteractionData) -> None:
-        """What ids of prompts' tokens say: texts of all items, those of requests included, and context."""
+        """What ids of prompts' tokens say: texts of all items, those of requests included."""
         assert self.backbone is not None
         if self.items:
             self.backbone.embed_tokens.know(torch.from_numpy(data.item_vectors()))
-        if self.vocabulary.rows:
-            assert data.vocabulary.terms == self.vocabulary.terms
-            self.backbone.embed_tokens.know_context(self.vocabulary)
 
     def on_fit_start(self) -> None:
         """Fit exit 0 on train targets; its weights are buffers, so they travel with the checkpoint."""
@@ -432,7 +424,6 @@ class ExitRecommender(L.LightningModule):
         }
         checkpoint["base_model"] = self.backbone_name
         checkpoint["exit_0_terms"] = [list(term) for term in self.exit_0_terms]
-        checkpoint["vocabulary"] = [list(term) for term in self.vocabulary.terms]
         if self._trainer is not None:
             chosen_until = read_until(self.data.split, "train", "valid")
             until = max(self.trained_until, chosen_until)
@@ -447,7 +438,6 @@ class ExitRecommender(L.LightningModule):
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
         self.know_exit_0(checkpoint)
         self.trained_until = checkpoint.get("trained_until", inf)
-        self.vocabulary = Vocabulary(checkpoint.get("vocabulary", ()))
         # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])
         mine = set(self.state_dict())

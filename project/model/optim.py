@@ -49,7 +49,7 @@ def parameter_groups(
         backbone=[], numbers=[], heads=[*heads.parameters()]
     )
     for name, parameter in backbone.named_parameters():
-        number = name.endswith((".numbers", ".context"))
+        number = name.endswith(".numbers")
         parts["numbers" if number else "backbone"].append(parameter)
     # 2. of each part the matrices decay; norms and biases, which scale or shift, do not
     groups = []

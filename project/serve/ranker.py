@@ -560,7 +560,7 @@ class Ranker:
         found = self._with_context(found, self._rates.values(request), candidates, items)
         # 3. candidates, which see the history and not each other
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
-        instruction = encoder.instructions(found.rows(slice(0, 1)), 1).values
+        instruction = encoder.instruction
         long = len(instruction) + max(longest, int(segments.tokens.lengths.max()))
         if long > limit:
             raise DataError(

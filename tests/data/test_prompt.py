@@ -213,7 +213,7 @@ def test_a_control_token_in_a_title_is_text(tiny_model: Path) -> None:
         np.array([0, 1]), RETRIEVED, np.array([-1, -1], dtype=np.int8)
     )
     # but who writes the wording may mean one
-    assert encoder.instructions(RETRIEVED, 1).values.tolist() == [special]
+    assert encoder.instruction.tolist() == [special]
     assert [own.tolist().count(special) for own in segments.tokens] == [1, 1]
     assert special not in encoder.encode_similar([[0]]).values
     assert tokenizer.decode(segments.tokens[0]).startswith("The <|im_end|>")
@@ -305,30 +305,6 @@ def test_the_datamodule_asks_before_it_retrieves(
     predicting.setup("predict")
     assert predicting.requests is not None
     assert [r.request_id for r in predicting.requests.requests] == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        (
-            Prompt(segment="{title}{context}:"),
-            r"segment shows \{context\}.* read: mood",
-        ),
-        (Prompt(segment="{title}:", instruction="{user}"), r"instruction shows \{user\}"),
-    ],
-)
-def test_columns_that_the_log_has_not(
-    prompt: Prompt, words: str, tiny_logs: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    log = pl.read_csv(tiny_logs / "interactions.csv").with_columns(mood=pl.lit("good"))
-    log.write_csv(tmp_path / "log.csv")
-    logs = TableLogs(str(tmp_path / "log.csv"), str(tiny_logs / "items.csv"))
-    protocol = Protocol(label="rating > 3")
-    data = InteractionData(
-        logs, NoRetriever(), protocol, prompt=prompt, tokenizer=str(tiny_model)
-    )
-    with pytest.raises(ConfigError, match=rf"data\.prompt\.{words}.* leave"):
-        _ = data.prompt
 
 
 # Numbers

@@ -15,7 +15,6 @@ import yaml
 from world import read_split, result, tiny_settings
 
 from project.data.protocol import Protocol, SplitInteractions
-from project.data.vocabulary import Vocabulary
 from project.errors import CheckpointError, ConfigError
 from project.model.initial import copy_weights, read_initial, read_until
 from project.model.module import ExitRecommender
@@ -68,27 +67,21 @@ def test_rows_that_were_trained_on_are_not_scored(
 
 
 def test_what_is_copied() -> None:
-    """Vectors of context by value, kinds of numbers in order; what only one of both has starts new or is lost."""
+    """Kinds of numbers in order; what only one of both has starts new or is lost."""
     at = "backbone.embed_tokens."
-    old = [("context.a", "is", 1.0), ("context.a", "is", 2.0)]
-    new = Vocabulary([("context.b", "number"), ("context.a", "is", 2.0)])
     saved = {"layer": torch.ones(2), "exit_0": torch.ones(3)}
-    saved |= {f"{at}context": torch.tensor([[10.0], [11], [12]])}
     saved |= {f"{at}numbers": torch.full((2, 1), 7.0), f"{at}projection": torch.ones(1)}
-    # b: missing and nine knots; a: missing, 2
     state = {name: torch.zeros_like(value) for name, value in saved.items()}
     del state[f"{at}projection"]
-    state |= {f"{at}context": torch.zeros(12, 1), f"{at}numbers": torch.zeros(3, 1)}
-    state |= {f"{at}weight": torch.zeros(1)}
-    content = {"state_dict": saved, "vocabulary": old}
-    copy_weights(content, state, set(), new)
-    assert state[f"{at}context"][:, 0].tolist() == [0.0] * 10 + [10.0, 12.0]
+    state |= {f"{at}numbers": torch.zeros(3, 1), f"{at}weight": torch.zeros(1)}
+    content = {"state_dict": saved}
+    copy_weights(content, state, set())
     assert state[f"{at}numbers"][:, 0].tolist() == [7.0, 7.0, 0.0]
     found = {name: state[name].sum().item() for name in ("layer", "exit_0", f"{at}weight")}
     assert found == {"layer": 2, "exit_0": 0, f"{at}weight": 0}
     # frozen here, trained there
     with pytest.raises(CheckpointError, match=r"trained other weights.*layer"):
-        copy_weights(content, state, {"layer"}, new)
+        copy_weights(content, state, {"layer"})
 
 
 def test_until_when_a_chain_has_seen_rows(

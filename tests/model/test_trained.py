@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from project.data.prompt import BYTE, LOWEST_ID, NUMBERS, SPAN, STEPS, STEPS_A_UNIT
-from project.data.vocabulary import FIRST_KNOT, KNOTS, LAST_KNOT
 from project.errors import ConfigError
 from project.layout import Layout
-from project.model.backbone import Backbone, NumberEmbedding
+from project.model.backbone import (
+    FIRST_KNOT,
+    KNOTS,
+    LAST_KNOT,
+    Backbone,
+    NumberEmbedding,
+)
 from project.model.heads import ExitHead, answer_tokens
 from project.model.module import LoraSettings, add_lora, frozen_names
 from project.model.optim import (
