@@ -11,10 +11,12 @@ from typing import Any
 import polars as pl
 import pytest
 
+from project.data.logs import TableLogs
 from project.data.prompt import Prompt
-from project.datamodule import check_reads, reads_of
+from project.data.protocol import Protocol
+from project.datamodule import InteractionData, check_reads, reads_of
 from project.errors import CheckpointError
-from project.retrieval import ItemKNN, MatrixFactorisation
+from project.retrieval import ItemKNN, LightGCN, MatrixFactorisation
 
 
 def data(protocol: str = "aaaa", prompt: Prompt | None = None, **changes: Any) -> Any:
@@ -128,3 +130,31 @@ def test_commands(
             command[0], *given, *command[1:], *change
         ), command
         assert files() == before, command
+
+
+def read(folder: Path, kind: str, cache: Path, refits: int = 2) -> InteractionData:
+    """The log in a folder's interactions and items of a kind."""
+    logs = TableLogs(str(folder / f"interactions.{kind}"), str(folder / f"items.{kind}"))
+    retriever = LightGCN(dim=4, epochs=1)
+    data = InteractionData(logs, retriever, Protocol(label="rating > 3"), refits=refits)
+    data.cache_dir = cache
+    return data
+
+
+def test_parquet_reads_as_csv(tiny_logs: Path, tmp_path: Path) -> None:
+    """Rows and retrieved features of the same log are the same, whatever the file."""
+    for name in ("interactions", "items"):
+        table = pl.read_csv(tiny_logs / f"{name}.csv")
+        table.write_parquet(tmp_path / f"{name}.parquet")
+    csv, parquet = read(tiny_logs, "csv", tmp_path), read(tmp_path, "parquet", tmp_path)
+    assert csv.split.rows.equals(parquet.split.rows)
+    for split, features in csv.retrieved.items():
+        assert features.equals(parquet.retrieved[split], null_equal=True)
+
+
+def test_what_features_warn_of_reaches_the_user(tiny_logs: Path, tmp_path: Path) -> None:
+    """As a warning on reading, and for results: one block alone has no graph before its targets."""
+    data = read(tiny_logs, "csv", tmp_path, refits=1)
+    with pytest.warns(UserWarning, match="LightGCN was never fitted before"):
+        _ = data.retrieved
+    assert any("LightGCN was never fitted" in line for line in data.warnings)

@@ -18,7 +18,7 @@ SETTINGS = 101
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
 TOKENS = 153_900
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 183_400
+TEST_TOKENS = 183_600
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",

@@ -320,9 +320,11 @@ def with_room(requests: Requests, data: InteractionData) -> Requests:
 
 def print_counts(counts: Mapping[str, int], path: Path) -> None:
     """Say what was scored, and where it is."""
+    invalid = counts["invalid"]
+    refused = f", {invalid} invalid (see the column error)" if invalid else ""
     Console().print(
-        f"{counts['candidates']} candidates of {counts['scored']} requests scored, {counts['invalid']} invalid "
-        f"(see the column error), with {counts['token_layers']:,} token-layers of {counts['full_depth']:,}: {path}"
+        f"{counts['candidates']} candidates of {counts['scored']} requests scored{refused}, with "
+        f"{counts['token_layers']:,} token-layers of {counts['full_depth']:,}: {path}"
     )
 
 
