@@ -381,6 +381,7 @@ def main(games: str, movielens: str, *runs: str) -> None:
         kept = [of for of in old if of["log"] == log]
         if runs and k >= len(runs):
             rows.extend(kept)
+            write_json(OUT, head | {"rows": rows})
             continue
         kept = [of for of in kept if of["scores"] in COUNTED]
         run = Path(runs[k]) if runs else None
