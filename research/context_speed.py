@@ -51,7 +51,7 @@ def make_log(folder: Path, rows: int) -> None:
     log, items, _ = generate_clicks(rows)
     rng = np.random.default_rng(1)
     further: dict[str, Any] = {
-        name: [f"{name} {k}" for k in rng.integers(count, size=log.height)]
+        name: pl.Series([f"{name} {k}" for k in rng.integers(count, size=log.height)])
         for name, count in MORE.items()
     }
     further |= {name: rng.random(log.height) for name in ("scroll", "discount")}
