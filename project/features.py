@@ -194,15 +194,10 @@ class Term(NamedTuple):
                 return np.isnan(values).astype(np.float64)
             case "rate":
                 return np.where(np.isnan(values), self.value, values)
-        scaled = self.scaled(values)
+        number = np.log1p(np.maximum(values, 0.0)) if self.kind == "log" else values
+        scaled = (number - self.value) / self.scale
         known: F64 = np.where(np.isnan(scaled), 0.0, scaled)
         return np.minimum(np.maximum(known, -WIDE), WIDE)
-
-    def scaled(self, values: F64) -> F64:
-        """Values (n,) of a number as it is read; NaN stays."""
-        number = np.log1p(np.maximum(values, 0.0)) if self.kind == "log" else values
-        found: F64 = (number - self.value) / self.scale
-        return found
 
 
 def fit_terms(

@@ -379,13 +379,11 @@ def main(games: str, movielens: str, *runs: str) -> None:
         sets = [pl.read_parquet(f) for f in Path(folder).glob("candidates_*.parquet")]
         sets.sort(key=lambda table: table.height)
         kept = [of for of in old if of["log"] == log]
-        if runs and k >= len(runs):
-            rows.extend(kept)
-            write_json(OUT, head | {"rows": rows})
-            continue
-        kept = [of for of in kept if of["scores"] in COUNTED]
-        run = Path(runs[k]) if runs else None
-        rows.extend(study(log, *clicks_of(source), sets, run, kept))
+        if not runs or k < len(runs):
+            counted = [of for of in kept if of["scores"] in COUNTED]
+            run = Path(runs[k]) if runs else None
+            kept = study(log, *clicks_of(source), sets, run, counted)
+        rows.extend(kept)
         write_json(OUT, head | {"rows": rows})
 
 

@@ -407,7 +407,6 @@ class PromptEncoder:
         An answer with a rating, which is no NaN, is shown as that number.
         """
         found = Retrieved.of(retrieved)
-        columns = found.columns
         features = (
             feature_matrix(found, 0.5)
             if any(kind == "number" for kind, _ in self._parts)
@@ -427,7 +426,7 @@ class PromptEncoder:
                 # a column may be absent: item_similarity is there with retrievers that
                 # compare items
                 missing = np.full(len(item), np.nan)
-                shares = columns.get(RETRIEVED_FIELDS[name], missing)
+                shares = found.columns.get(RETRIEVED_FIELDS[name], missing)
                 parts.append(self._encode_values(_percent(shares)))
         answer = np.where(label < 0, 2, label).astype(np.int64)
         answers = self._answers

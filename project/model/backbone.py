@@ -30,7 +30,8 @@ SUPPORTED = (
     "Llama/SmolLM2, SmolLM3, Qwen2, Qwen3 and Mistral, every layer with full attention"
 )
 _AUTO: Any = AutoModelForCausalLM  # its constructors are not typed
-FIRST_KNOT, LAST_KNOT = -4.0, 4.0  # numbers beyond are clamped to these
+FIRST_KNOT = -4.0  # numbers beyond the first and the last are clamped to these
+LAST_KNOT = 4.0
 KNOTS = 9  # one at every whole number
 
 

@@ -240,11 +240,10 @@ class Ranker:
             user = self._users[event.user_id]
             item = self._codes[event.item_id]
             code = np.array([item])
-            # 2. the features it has now, for its prompt and for the drift alarm
+            # 2. the features it has now, for its prompt; with context for the drift alarm
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             values = self._rates.of_event(event.user_id, json.loads(event.context or "{}"))
-            features = self._with_context(features, values, code, self._items)
             segments = self._encoder.encode(
                 code,
                 features,
@@ -252,7 +251,8 @@ class Ranker:
                 np.array([event.rating], np.float64),  # None is NaN
             )
             if self.answers is not None and self.answers.awaits(user):
-                (chance,) = probabilities(self._baseline.logits(features)).tolist()
+                whole = self._with_context(features, values, code, self._items)
+                (chance,) = probabilities(self._baseline.logits(whole)).tolist()
                 self.answers.observe(user, chance, event.label)
             # 3. what later requests read
             self._history(user).add(
