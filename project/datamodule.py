@@ -43,7 +43,6 @@ from project.data.prompt import (
 from project.data.protocol import (
     Protocol,
     SplitInteractions,
-    answered,
     apply_protocol,
     build_interactions,
 )
@@ -95,7 +94,8 @@ class InteractionData(L.LightningDataModule):
         refits: Equal shares of the log; retriever and factorisation are fitted before each but the first, on all rows
             before it.
         mf: Matrix factorisation behind the retrieved features `mf`, the chance of a like by the user's own earlier
-            answers, for prompts, exit 0 and baselines; null leaves it out.
+            answers, for prompts, exit 0 and baselines, and `mf_rating`, the same of ratings, for the latter two; null
+            leaves both out.
         requests: JSONL or Parquet file of requests, for predict; a line is {"request_id": "r1", "user_id": "196",
             "time": 880000000, "candidates": ["242", "302"]}, or, instead of a user of the log, {"request_id": "r2",
             "history": [{"item_id": "242", "label": 1, "time": 880000000}], "candidates": ["302"]}.
@@ -276,11 +276,10 @@ class InteractionData(L.LightningDataModule):
                 return None
             return RatingScale(**json.loads(file.read_text(encoding="utf-8")))
         segment = self.prompt.segment
-        rows = self.split.rows.filter(answered(self.split.rows), split="train")
-        ratings = rows["rating"].filter(rows["rating"].is_finite())
-        if ratings.n_unique() <= 2 or not (shows_numbers(segment) or shows_items(segment)):
+        ratings = self.split.train_ratings
+        if not ratings.size or not (shows_numbers(segment) or shows_items(segment)):
             return None
-        return RatingScale(float(ratings.mean()), float(ratings.std(ddof=0)))  # type: ignore[arg-type]
+        return RatingScale(float(ratings.mean()), float(ratings.std()))
 
     @cached_property
     def encoder(self) -> PromptEncoder:

@@ -25,19 +25,21 @@ FEATURES = (
     "similarity",
     "weighted_vote_log_odds",
     "mf_log_odds",
+    "mf_rating_log_odds",
     "item_similarity_log_odds",
     "text_log_odds",
     "text_rows",
 )
 """Log-odds of shrunk rates, log(1 + count) of their rows, mean similarity (0 without neighbours), log-odds by matrix
-factorisation and by the user's own answers on similar items, shrunk as if their similarities were rows; four times the
-text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
+factorisation of labels and of ratings (0 without them), and by the user's own answers on similar items, shrunk as if
+their similarities were rows; four times the text similarity (the slope of log-odds at 1/2), and log(1 + its weight)."""
 
 TEXT_FEATURES = FEATURES[-2:]
 # of a retrieved features table, those that are numbers and read here or by prompts
 COLUMNS = (
     *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
-    *("mf", "item_similarity", "item_similarity_weight", "text", "text_weight"),
+    *("mf", "mf_rating", "item_similarity", "item_similarity_weight"),
+    *("text", "text_weight"),
 )
 # prefixes of columns that a table of a log with context or users' attributes has beside
 RATE = "rate."
@@ -140,11 +142,16 @@ def feature_matrix(
     weighted_vote = log_odds(
         found.sums(similarity * found.answer), found.sums(similarity), base
     )
+
     # 3. matrix factorisation, and the user's own answers on similar items
-    chance = found.columns.get("mf", np.full(len(found), np.nan))
-    rates_summed = item[0] + user[0] - np.log(base / (1.0 - base))
-    clipped = np.clip(chance, SUREST, 1.0 - SUREST)
-    mf = np.where(np.isnan(chance), rates_summed, np.log(clipped / (1.0 - clipped)))
+    def by_factorisation(name: str, unknown: F64) -> F64:
+        chance = found.columns.get(name, np.full(len(found), np.nan))
+        chance = np.clip(chance, SUREST, 1.0 - SUREST)
+        return np.where(np.isnan(chance), unknown, np.log(chance / (1.0 - chance)))
+
+    mf = by_factorisation("mf", item[0] + user[0] - np.log(base / (1.0 - base)))
+    # where nothing is known, the middle of all ratings
+    mf_rating = by_factorisation("mf_rating", np.zeros(len(found)))
     weight = numbers("item_similarity_weight")
     item_similarity = log_odds(numbers("item_similarity") * weight, weight, base)
     # 4. in the order of FEATURES, then terms
@@ -155,7 +162,7 @@ def feature_matrix(
     text_rows = np.log1p(numbers("text_weight"))
     columns = (
         *(*item, *user, *vote, mean_similarity, weighted_vote),
-        *(mf, item_similarity, text, text_rows),
+        *(mf, mf_rating, item_similarity, text, text_rows),
         *(term.of(found) for term in terms),
     )
     return np.stack(columns, axis=1)

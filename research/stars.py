@@ -1,15 +1,15 @@
 """Whether ratings make better features than shares of likes: `python -m research.stars CONFIG...`.
 
-Retrieved features count likes. Beside them: mean ratings of item and user so far and the item's mean residual (its
-ratings minus what their users gave on average before), and the factorisation fitted on ratings instead of labels. Each
-part alone and together, by the models of exit 0 (lr_text) and of gbdt_text; writes results/stars.json, paired with the
-same model without them on tune and on test. Ratings are places in train's order of all ratings, from 0 to 1.
+Base is what retrieved features make of labels: shares of likes and a factorisation of labels. Beside it: mf, the
+factorisation of ratings (`mf_rating`, which is a feature now), means (mean rating of item and user so far and the
+item's mean residual: its ratings minus what their users gave on average before), and both. Instead of the factorisation
+of labels: that of ratings. By the models of exit 0 (lr_text) and of gbdt_text; writes results/stars.json, paired with
+the same model on base, on tune and on test. In means ratings are places in train's order of all, from 0 to 1.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,15 @@ from project.evaluation.baselines import (
     train_labels,
 )
 from project.evaluation.bootstrap import UserBootstrap
-from project.features import feature_matrix, logistic_regression
-from project.retrieval import MatrixFactorisation
-from project.retrieval.base import Edges
-from project.retrieval.past import WalkRows
-from project.retrieval.walk import block_cuts, fit_blocks
+from project.features import FEATURES, feature_matrix, logistic_regression
 from research.text_baselines import SPLITS, data_of, study_all
 
 OUT = Path(__file__).parents[1] / "results" / "stars.json"
 SHRINK = 5.0  # rows that a mean counts as beside its own, at the mean of train
 ABOUT = (
-    "Beside all retrieved features: means (mean rating of item and user so far, the item's mean residual), mf (the "
-    "factorisation fitted on ratings), both. Differences to the same model without them are paired, users resampled, "
-    "95 %."
+    "Base: what retrieved features make of labels. Beside it means (mean rating of item and user so far, the item's "
+    "mean residual), mf (the factorisation of ratings), both; instead of the factorisation of labels that of ratings. "
+    "Differences to the same model on base are paired, users resampled, 95 %."
 )
 
 
@@ -63,36 +59,20 @@ def mean_so_far(rows: pl.DataFrame, by: str, value: str) -> F64:
     return (found["sum"] / (found["n"] + SHRINK)).to_numpy()
 
 
-def rated(rows: pl.DataFrame, items: int, refits: int) -> dict[str, F64]:
-    """Features (rows, d) by part, of strictly earlier rows alone."""
-    # 1. means, and the residual of each row against what its user gave before
+def means(rows: pl.DataFrame) -> F64:
+    """(rows, 3) of strictly earlier rows: mean ratings of item and user, and the item's mean residual."""
     table = rows.with_columns(place=places(rows))
     user = mean_so_far(table, "user", "place")
     table = table.with_columns(residual=pl.col("place") - pl.Series(user))
-    means = [mean_so_far(table, "item", "place"), user]
-    means.append(mean_so_far(table, "item", "residual"))
-    # 2. the factorisation: soft labels, handed over as codes of the distinct ratings
-    values, code = np.unique(table["place"].to_numpy(), return_inverse=True)
-    mf = MatrixFactorisation()
-    cuts = block_cuts(rows["timestamp"].to_numpy(), refits)
-    snapshots = fit_blocks(
-        table.with_columns(label=code),
-        cuts,
-        lambda edges, _: mf._fit(Edges(edges.user, edges.item, values[edges.label]), items),
-        "factorisation",
-    )
-    walked = replace(WalkRows.from_log(rows), label=values[code])
-    chance = np.nan_to_num(mf.chances(walked, snapshots), nan=float(values[code].mean()))
-    logits = np.log(chance) - np.log1p(-chance)
-    return {"means": np.stack(means, axis=1), "mf": logits[:, None]}
+    item = mean_so_far(table, "item", "place")
+    return np.stack([item, user, mean_so_far(table, "item", "residual")], axis=1)
 
 
 def study(config: Path) -> list[dict[str, Any]]:
     """Rows of the table for one data configuration."""
-    # 1. features that every log gets, and those of ratings
+    # 1. features that a log with ratings gets, and means
     data = data_of(config)
-    split = data.split
-    rows = split.rows
+    rows = data.split.rows
     labels = train_labels(rows)
     base = float(labels.mean())
     targets = {name: targets_of(rows, name) for name in SPLITS}
@@ -100,16 +80,21 @@ def study(config: Path) -> list[dict[str, Any]]:
         name: feature_matrix(targets_table(rows, data.retrieved, name), base)
         for name in SPLITS
     }
-    parts = rated(rows, split.interactions.items.height, data.refits)
-    # 2. both models with every part
+    further = means(rows)
+    # 2. both models with every part: columns of features that are left out, and further ones
+    labels_mf, ratings_mf = map(FEATURES.index, ("mf_log_odds", "mf_rating_log_odds"))
     scores: dict[str, dict[str, F64]] = {}
-    for name, chosen in {"": (), "means": ("means",), "mf": ("mf",), "both": parts}.items():
-        x = {
-            s: np.hstack(
-                [known[s], *(parts[p][targets[s]["row_id"].to_numpy()] for p in chosen)]
-            )
-            for s in SPLITS
-        }
+    for name, out, more in (
+        ("", ratings_mf, False),
+        ("means", ratings_mf, True),
+        ("mf", [], False),
+        ("both", [], True),
+        ("mf instead", labels_mf, False),
+    ):
+        x = {s: np.delete(known[s], out, axis=1) for s in SPLITS}
+        if more:
+            for s, of in targets.items():
+                x[s] = np.hstack([x[s], further[of["row_id"].to_numpy()]])
         for model, made in (("lr_text", logistic_regression()), ("gbdt_text", boosting())):
             made.fit(x["train"], labels)
             scores[f"{model} {name}".strip()] = {

@@ -52,7 +52,13 @@ def make_log(
     distinct = table.unique(
         ["user", "item", "timestamp"], keep="first", maintain_order=True
     )
-    return numbered(distinct.sort("timestamp", "user", "item"))
+    return numbered(rated(distinct).sort("timestamp", "user", "item"))
+
+
+def rated(rows: pl.DataFrame) -> pl.DataFrame:
+    """With ratings, 3 to 5 of what is liked and 1 to 3 of what is not; user 0 gives none."""
+    rating = 2.0 * pl.col("label") + pl.col("item") % 3 + 1
+    return rows.with_columns(rating=pl.when(pl.col("user") > 0).then(rating))
 
 
 def numbered(rows: pl.DataFrame) -> pl.DataFrame:
@@ -62,12 +68,8 @@ def numbered(rows: pl.DataFrame) -> pl.DataFrame:
 
 def flip(rows: pl.DataFrame, where: pl.Expr) -> pl.DataFrame:
     """The opposite answer in these rows."""
-    return rows.with_columns(
-        label=pl.when(where)
-        .then(1 - pl.col("label"))
-        .otherwise("label")
-        .cast(rows["label"].dtype)
-    )
+    turned = pl.when(where).then(1 - pl.col("label")).otherwise("label")
+    return rated(rows.with_columns(label=turned.cast(rows["label"].dtype)))
 
 
 def items_table(items: int = NUM_ITEMS) -> pl.DataFrame:

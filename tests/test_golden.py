@@ -104,8 +104,11 @@ def test_retrieved_of_learned_retrievers(split: SplitInteractions, tmp_path: Pat
         MatrixFactorisation(dim=4),
     ).tables()["test"]
     assert means(
-        found, ["neighbour_count", "similarities", "vote", "mf", "item_similarity"]
-    ) == pytest.approx([9.11022, 0.020033, 0.496088, 0.489440, 0.469233], abs=1e-5)
+        found,
+        ["neighbour_count", "similarities", "vote", "mf", "item_similarity", "mf_rating"],
+    ) == pytest.approx(
+        [9.11022, 0.020033, 0.496088, 0.489440, 0.469233, 0.501743], abs=1e-5
+    )
 
 
 def test_packed_batch(batch: Batch) -> None:

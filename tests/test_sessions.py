@@ -207,7 +207,7 @@ def test_the_index_and_requests_read_what_is_known(delay: int, tmp_path: Path) -
     end = float(known_at(split.rows).max())
     assert index.latest == end
     asked = pl.DataFrame({"item": range(5)}).with_columns(
-        user=3, timestamp=end + 1, label=-1, candidate=True
+        user=3, timestamp=end + 1, label=-1, rating=np.nan, candidate=True
     )
     walked = features.of_requests(asked)
     now = index.retrieved(3, range(5)).table()

@@ -441,6 +441,13 @@ class SplitInteractions:
         """Seconds at which the log's last answer is known."""
         return float(known_at(self.rows).max())
 
+    @cached_property
+    def train_ratings(self) -> F64:
+        """(n,) ratings of train's rows; empty where there are not three kinds, which tell no more than labels."""
+        rows = self.rows.filter(answered(self.rows), split="train")
+        ratings = rows["rating"].filter(rows["rating"].is_finite())
+        return ratings.to_numpy() if ratings.n_unique() > 2 else np.empty(0)
+
     @property
     def warnings(self) -> list[str]:
         """What a reader of results has to know of the log, a line each."""

@@ -184,7 +184,8 @@ def build_streams(
     rows: pl.DataFrame, retrieved: pl.DataFrame, split: str, encoder: PromptEncoder
 ) -> Streams:
     """Streams that hold the rows of all splits up to `split`, with the targets of `split` (its retrieved features)."""
-    # `place` is a row's place in the table of its features
+    # `place` is a row's place in the table of its features, which has rows of splits up to
+    # `split` alone: the join cuts the others off
     place_of = retrieved.select("row_id").with_row_index("place")
     joined = rows.join(
         place_of, on="row_id", how="inner", maintain_order="left", validate="1:1"

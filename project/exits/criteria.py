@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -72,9 +73,6 @@ class Criterion(ABC):
     learns: ClassVar[bool] = False
     """`fit` learns from how rows ended, so confidence on the rows of the fit must be out-of-fold."""
 
-    first: int = 0
-    """Index of the first head where it can decide."""
-
     tensors: Mapping[str, Tensor] = MappingProxyType({})
     """What `fit` has made, kept in the checkpoint."""
 
@@ -117,8 +115,6 @@ class StaticExit(Criterion):
 
 class Consistency(Criterion):
     """Minus |p_k - p_(k-1)|: the score stopped moving."""
-
-    first = 1
 
     def confidence(self, outputs: HeadOutputs) -> Tensor:
         """(n,) in [-1, 0]; -inf at the first head."""
@@ -181,7 +177,8 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
         ):
             returned = repr(confidence)
             if isinstance(confidence, Tensor):
-                returned = f"tensor {tuple(confidence.shape)}"
+                nan = int(confidence.isnan().sum())
+                returned = f"tensor {tuple(confidence.shape)} with {nan} NaN"
             raise ConfigError(
                 f"the criterion {type(criterion).__module__}.{type(criterion).__qualname__} returned {returned} "
                 f"at the exit at layer {layer}; expected a torch tensor of shape (rows,) without NaN, {rows} here."
@@ -191,7 +188,16 @@ def confidence_table(criterion: Criterion, outputs: HeadOutputs) -> Tensor:
 
 
 def try_out(criterion: Criterion, exit_0: bool) -> None:
-    """Refuse, on made-up rows and so before training, a criterion that returns something other than confidence."""
+    """Refuse, on made-up rows and so before training, a criterion that returns something other than confidence.
+
+    So is one that keeps an argument under another name: result files and checkpoints say what it was made with.
+    """
+    for key in inspect.signature(type(criterion)).parameters:
+        if not hasattr(criterion, key):
+            raise ConfigError(
+                f"the criterion {type(criterion).__name__} has no attribute {key}; keep every constructor argument "
+                f"under its own name: self.{key} = {key}."
+            )
     made = torch.randn(
         64,
         3 + len(FEATURES),
@@ -209,8 +215,7 @@ def try_out(criterion: Criterion, exit_0: bool) -> None:
             raise
         except Exception as error:
             raise ConfigError(
-                f"the criterion {type(criterion).__name__} failed on made-up rows, of one head, then of two: "
-                f"{type(error).__name__}: {error}"
+                f"the criterion {type(criterion).__name__} failed on made-up rows: {type(error).__name__}: {error}"
             ) from error
 
 

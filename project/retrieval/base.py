@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ class Edges:
     user: I64
     item: I64
     label: I64
+    # NaN where a row has none
+    rating: F64 = field(default_factory=lambda: np.empty(0))
 
 
 class Raters(NamedTuple):

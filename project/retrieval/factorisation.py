@@ -1,4 +1,7 @@
-"""Computes the chance that a user likes an item by matrix factorisation, from strictly earlier rows alone.
+"""Computes how well a user likes an item by matrix factorisation, from strictly earlier rows alone.
+
+Labels are factorised and, where the log has several ratings, these beside them: a rating's place among all earlier
+ones, from 0 to 1, tells more than its label.
 
 `Factorisation` fits users and items together. `MatrixFactorisation` fits one block by block on the rows before, but
 solves a user's vector for every request anew, from the user's own rows strictly before it (fold-in). So it
@@ -14,7 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike
 
-from project.arrays import F64, I8, I64
+from project.arrays import F64, I64
 from project.errors import ConfigError
 from project.retrieval.base import Edges, Snapshot
 from project.retrieval.past import WalkRows, queries_by_user
@@ -30,11 +33,11 @@ TOGETHER = 256
 
 @dataclass(frozen=True)
 class Factorisation:
-    """P(like) = sigmoid(offset + b_u + b_i + p_u . q_i) (Koren, Bell and Volinsky 2009, equation 5, logistic loss)."""
+    """Answer = sigmoid(offset + b_u + b_i + p_u . q_i) (Koren, Bell and Volinsky 2009, equation 5, logistic loss)."""
 
     users: I64  # (users,) codes seen in fitting, ascending
     items: I64  # (items,) likewise
-    offset: float  # log-odds of a like
+    offset: float  # log-odds of the mean answer
     user_bias: F64  # (users,)
     item_bias: F64  # (items,)
     user_vectors: F64  # (users, dim)
@@ -45,20 +48,21 @@ class Factorisation:
         cls,
         user: ArrayLike,
         item: ArrayLike,
-        label: ArrayLike,
+        answer: ArrayLike,
         dim: int,
     ) -> Factorisation:
         """Minimise log loss, summed over rows, plus half of each penalty times the squared norm, by L-BFGS.
 
-        User and item codes and labels have shape (n,); both labels are present. First vectors are small random numbers.
+        User and item codes and answers from 0 to 1 have shape (n,); not all are 0 and not all 1. First vectors are
+        small random numbers.
         """
         from scipy.optimize import minimize
         from scipy.sparse import csr_array
 
-        # 1. codes without gaps, and the log-odds of a like
+        # 1. codes without gaps, and the log-odds of the mean answer
         users, row_user = np.unique(np.asarray(user, dtype=np.int64), return_inverse=True)
         items, row_item = np.unique(np.asarray(item, dtype=np.int64), return_inverse=True)
-        answer = np.asarray(label, dtype=np.float64)
+        answer = np.asarray(answer, dtype=np.float64)
         offset = float(np.log(answer.mean()) - np.log(1.0 - answer.mean()))
         # 2. one flat array of parameters: biases of users and items, vectors of users and
         # items
@@ -125,51 +129,61 @@ class MatrixFactorisation:
                 f"data.mf.dim is {self.dim}; expected 1 or more, or data.mf null for none."
             )
 
-    def fit(self, rows: pl.DataFrame, num_items: int, cuts: F64) -> Snapshots:
-        """Factorise block after block, each time all rows strictly before it.
+    def fit(
+        self, rows: pl.DataFrame, num_items: int, cuts: F64, ratings: bool = False
+    ) -> Snapshots:
+        """Factorise labels, or ratings, block after block, each time of all rows strictly before it.
 
-        Rows are in time order, with columns user, item, timestamp and label; cuts begin blocks 1, 2, ...
+        Rows are in time order, with columns user, item, timestamp, label and rating; cuts begin blocks 1, 2, ...
         """
-        return fit_blocks(
-            rows, cuts, lambda edges, _: self._fit(edges, num_items), "factorisation"
-        )
 
-    def _fit(self, edges: Edges, num_items: int) -> Snapshot:
-        """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it."""
+        def fit(edges: Edges, _: int) -> Snapshot:
+            rating = edges.rating if ratings else np.full(edges.label.size, np.nan)
+            return self._fit(edges, num_items, rating)
+
+        return fit_blocks(rows, cuts, fit, "factorisation")
+
+    def _fit(self, edges: Edges, num_items: int, rating: F64) -> Snapshot:
+        """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it.
+
+        `ratings` (k,) ascend and have `places` (k,) among all earlier ones; there are none where labels say as much.
+        """
         known = np.zeros(num_items + 1)
         vectors = np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
-        label = edges.label
+        ratings, places = places_of(rating)
+        scale = {"ratings": ratings, "places": places}
+        answer = answers(edges.label, rating, scale)
         # one class only: the log-odds of (likes + 1/2) / (rows + 1)
-        if np.unique(label).size < 2:
-            likes = label.sum()
-            return {
-                "known": known + np.log((likes + 0.5) / (label.size - likes + 0.5)),
-                "vectors": vectors,
-            }
-        found = Factorisation.fit(edges.user, edges.item, label, self.dim)
+        if np.unique(answer).size < 2:
+            likes = answer.sum()
+            known += np.log((likes + 0.5) / (answer.size - likes + 0.5))
+            return {"known": known, "vectors": vectors, **scale}
+        found = Factorisation.fit(edges.user, edges.item, answer, self.dim)
         known += found.offset
         # items without a row keep bias 0 and vector 0
         known[found.items] += found.item_bias
         vectors[found.items, 1:] = found.item_vectors
-        return {"known": known, "vectors": vectors}
+        return {"known": known, "vectors": vectors, **scale}
 
     def chances(self, rows: WalkRows, snapshots: Snapshots) -> F64:
-        """P(like) of every `query` row, in the order of `rows`; NaN before the first cut."""
+        """Expected answer of every `query` row, in the order of `rows`; NaN before the first cut."""
         logits = np.full(rows.row_id.size, np.nan)  # (rows,)
         # which block's factors a row is answered with; 0 has none
         block = np.searchsorted(snapshots.cuts, rows.timestamp, side="right")  # (rows,)
         for queries, own, earlier in queries_by_user(rows):
             for k in np.unique(block[queries][block[queries] > 0]).tolist():
                 # (items + 1,) and (items + 1, 1 + dim), see `_fit`
-                known = snapshots.fitted[k - 1]["known"]
-                vectors = snapshots.fitted[k - 1]["vectors"]
+                fitted = snapshots.fitted[k - 1]
+                known = fitted["known"]
+                vectors = fitted["vectors"]
                 # 1. the user's vector after each number of rows that a query of this block
                 # reads
                 inside = block[queries] == k
                 counts, place = np.unique(earlier[inside], return_inverse=True)
                 past = rows.item[own]
-                users = self._fold_in(known[past], vectors[past], rows.label[own], counts)
+                answer = answers(rows.label[own], rows.rating[own], fitted)
+                users = self._fold_in(known[past], vectors[past], answer, counts)
                 # 2. the queries' logits
                 items = rows.item[queries[inside]]
                 dot = np.einsum("nd,nd->n", vectors[items], users[place])
@@ -177,10 +191,10 @@ class MatrixFactorisation:
         chances: F64 = 1.0 / (1.0 + np.exp(-logits[rows.query]))
         return chances
 
-    def _fold_in(self, known: F64, vectors: F64, label: I8, counts: I64) -> F64:
+    def _fold_in(self, known: F64, vectors: F64, answer: F64, counts: I64) -> F64:
         """A user's vector after each number of rows: penalised logistic regression by Newton's method.
 
-        Logits `known` (n,) without the user, `vectors` (n, 1 + dim) and labels (n,) are those of the user's rows.
+        Logits `known` (n,) without the user, `vectors` (n, 1 + dim) and answers (n,) are those of the user's rows.
         Vector j of the result (k, 1 + dim), the bias first, reads the first counts[j] rows; counts ascend.
         """
         penalty = np.array([BIAS_PENALTY] + [VECTOR_PENALTY] * self.dim)
@@ -199,7 +213,7 @@ class MatrixFactorisation:
                 # (part, n)
                 chance = 1.0 / (1.0 + np.exp(-(known[:n] + found @ x.T)))
                 # (part, 1 + dim)
-                gradient = (read * (label[:n] - chance)) @ x - penalty * found
+                gradient = (read * (answer[:n] - chance)) @ x - penalty * found
                 curvature = ((read * chance * (1.0 - chance)) @ squares).reshape(
                     -1, *2 * penalty.shape
                 )
@@ -207,3 +221,22 @@ class MatrixFactorisation:
                     curvature + np.diag(penalty), gradient[:, :, None]
                 )[:, :, 0]
         return users
+
+
+def places_of(rating: F64) -> tuple[F64, F64]:
+    """Distinct ratings, ascending, and the share of all that is below each, with half of its equals; (k,) each.
+
+    NaN stands for none.
+    """
+    given = rating[np.isfinite(rating)]
+    ratings, count = np.unique(given, return_counts=True)
+    return ratings, (np.cumsum(count) - count / 2) / max(given.size, 1)
+
+
+def answers(label: ArrayLike, rating: F64, scale: Snapshot) -> F64:
+    """(n,) places of ratings among those of a scale (`places_of`), in between by a line; labels where there is none."""
+    found = np.array(label, np.float64)
+    if scale["ratings"].size:
+        place = np.interp(rating, scale["ratings"], scale["places"])
+        found = np.where(np.isfinite(rating), place, found)
+    return found

@@ -7,7 +7,7 @@ retriever's item_neighbours: item_similarity, the user's own answers on the earl
 averaged by similarity (null without any), and item_similarity_weight, the sum of these similarities. With its
 similar_every: similar_after, item codes that similar users liked, or null; it alone is dated just *after* the row's
 second and may hold the row's own answer, so it is for the prompts of later rows (`past.SimilarLikes`). text and
-text_weight (`own_text`). With a factorisation: mf, null before its first block.
+text_weight (`own_text`). With a factorisation: mf and, of a log with ratings, mf_rating, null before its first block.
 
 A row of split S reads rows of splits up to S, so there is a table per split. Where no row has a later split's row in
 its past (a split by time), the three coincide and are computed once.
@@ -97,12 +97,15 @@ class RetrievedFeatures:
         """What the retriever fitted for test, which requests read."""
         return Snapshots.load(self._retrieved_folder() / SNAPSHOTS)
 
-    def chances(self) -> Callable[[WalkRows], F64] | None:
-        """Chances of rows by what the factorisation fitted for test; None without one."""
+    def chances(self) -> dict[str, Callable[[WalkRows], F64]]:
+        """Chances of rows by what the factorisation fitted for test, by column."""
         if self.mf is None:
-            return None
-        fitted = Snapshots.load(self._mf_folder(self.mf) / SNAPSHOTS)
-        return partial(self.mf.chances, snapshots=fitted)
+            return {}
+        files = sorted(self._mf_folder(self.mf).glob("*.npz"))
+        return {
+            file.stem: partial(self.mf.chances, snapshots=Snapshots.load(file))
+            for file in files
+        }
 
     def index(self) -> FeatureIndex:
         """An index, which answers requests after the log without another walk."""
@@ -149,9 +152,8 @@ class RetrievedFeatures:
             fitted.cuts,
             fitted.fitted,
         )
-        chances = self.chances()
-        if chances is not None:
-            table = table.with_columns(mf_column(chances(merged)))
+        for name, chances in self.chances().items():
+            table = table.with_columns(mf_column(chances(merged)).alias(name))
         # an item that the log does not have still has a text
         catalogue = items if catalogue is None else catalogue
         with_texts = replace(requests, item=np.minimum(rows.item, catalogue.height))
@@ -251,16 +253,24 @@ class RetrievedFeatures:
         return self._split_folder("text", {"shrink": SHRINK}, make)
 
     def _mf_folder(self, mf: MatrixFactorisation) -> Path:
-        """Folder with row_id and mf, null before the first cut."""
+        """Folder with row_id, mf and, of a log with ratings, mf_rating, null before the first cut."""
+        kinds = {"mf": False}
+        if self.split.train_ratings.size:
+            kinds["mf_rating"] = True
 
         def make(readable: pl.DataFrame, name: str, folder: Path) -> pl.DataFrame:
-            snapshots = mf.fit(readable, self.split.interactions.items.height, self.cuts)
-            if name == SPLITS[-1]:
-                snapshots.save(folder / SNAPSHOTS)
-            chances = mf.chances(WalkRows.from_log(readable), snapshots)
-            return readable.select("row_id", mf=mf_column(chances))
+            items = self.split.interactions.items.height
+            table = readable.select("row_id")
+            for column, ratings in kinds.items():
+                snapshots = mf.fit(readable, items, self.cuts, ratings)
+                if name == SPLITS[-1]:
+                    snapshots.save(folder / f"{column}.npz")
+                chances = mf.chances(WalkRows.from_log(readable), snapshots)
+                table = table.with_columns(mf_column(chances).alias(column))
+            return table
 
-        return self._split_folder("mf", {"mf": asdict(mf), "refits": self.refits}, make)
+        content = {"mf": asdict(mf), "refits": self.refits, "columns": list(kinds)}
+        return self._split_folder("mf", content, make)
 
     def _split_folder(
         self, kind: str, content: dict[str, Any], make: Make, own_second: bool = False
@@ -324,7 +334,7 @@ def reads_all_earlier(timestamp: F64, split: I64, own_second: bool = False) -> b
 
 
 def mf_column(chances: F64) -> pl.Series:
-    """Chances (n,) of factorisation as the table's column; NaN is null."""
+    """Answers (n,) that factorisation expects as the table's column; NaN is null."""
     return pl.Series("mf", chances, dtype=pl.Float32, nan_to_null=True)
 
 

@@ -8,7 +8,7 @@ the factorisation and the terms of texts are those of the last block.
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import groupby
@@ -64,7 +64,7 @@ class FeatureIndex:
         split: SplitInteractions,
         retriever: Retriever,
         snapshots: Snapshots,
-        chances: Callable[[WalkRows], F64] | None,
+        chances: Mapping[str, Callable[[WalkRows], F64]],
     ) -> None:
         if not can_be_indexed(retriever):
             raise ConfigError(
@@ -106,9 +106,10 @@ class FeatureIndex:
         item: int,
         label: int,
         timestamp: float,
+        rating: float = np.nan,
         catalogue: pl.DataFrame | None = None,
     ) -> None:
-        """Take in an event, which requests at a later time read.
+        """Take in an event, which requests at a later time read; its rating is NaN where it has none.
 
         `catalogue` is the items table of `item` where events bring items: its new rows are kept.
         """
@@ -126,7 +127,8 @@ class FeatureIndex:
         # 2. the row is appended and enters the past at once: requests at a later time read it
         code = self._code(user)
         self._move_to(timestamp)
-        self._append(code, code, [(item, label, timestamp)], rater=True, own=True)
+        event = (item, label, timestamp, rating)
+        self._append(code, code, [event], rater=True, own=True)
         self._keep(self._size - 1)
         self._tell(self._size - 1)
         self.latest = timestamp
@@ -161,7 +163,7 @@ class FeatureIndex:
         self,
         user: int,
         items: Sequence[int] | I64,
-        history: Sequence[tuple[int, int, float]] | None = None,
+        history: Sequence[tuple[int, int, float, float]] | None = None,
         catalogue: pl.DataFrame | None = None,
         time: float | None = None,
     ) -> Retrieved:
@@ -170,14 +172,16 @@ class FeatureIndex:
         Args:
             user: Whose past they are answered from, and whose ratings are not neighbours.
             items: The candidates.
-            history: Items, labels and seconds that are the user's past instead of what was observed. It is read as if
-                it came now, in its own order of time: each row reads the rows of earlier seconds, and all of the log.
+            history: Items, labels, seconds and ratings (NaN for none) that are the user's past instead of what was
+                observed. It is read as if it came now, in its own order of time: each row reads the rows of earlier
+                seconds, and all of the log.
             catalogue: Items table of `items` and `history` where the request brings items.
             time: Seconds, later than all events, where there is no history; None is just after them.
         """
         # 0. who asks, and when
         brought = in_time([] if history is None else history)
-        now = max([self.latest, *(at for *_, at in brought)]) + 1 if time is None else time
+        times = [row[2] for row in brought]
+        now = max([self.latest, *times]) + 1 if time is None else time
         if not now > self.latest:
             raise DataError(
                 f"a request has time {now}; expected one after the latest event, {self.latest}. Requests of the past "
@@ -191,15 +195,17 @@ class FeatureIndex:
             # 1. rows of the request: the history in time order, then candidates
             self._move_to(now)
             # seconds of the history, squeezed between the latest event and now, in their order
-            distinct, rank = np.unique([at for *_, at in brought], return_inverse=True)
+            distinct, rank = np.unique(times, return_inverse=True)
             seconds = self.latest + (now - self.latest) * (rank + 1) / (distinct.size + 1)
             past = [
-                (item, label, at)
-                for (item, label, _), at in zip(brought, seconds.tolist(), strict=True)
+                (item, label, at, rating)
+                for (item, label, _, rating), at in zip(
+                    brought, seconds.tolist(), strict=True
+                )
             ]
             rows = self._append(code, person, past, query=True, own=True)
             queries = self._append(
-                code, person, [(item, -1, now) for item in items], query=True
+                code, person, [(item, -1, now, np.nan) for item in items], query=True
             )
             # 2. neighbours and rates: the rows of each second, which enter the user's past
             # then, and candidates
@@ -264,12 +270,12 @@ class FeatureIndex:
         self,
         code: int,
         person: int,
-        events: Sequence[tuple[int, int, float]],
+        events: Sequence[tuple[int, int, float, float]],
         query: bool = False,
         rater: bool = False,
         own: bool = False,
     ) -> I64:
-        """Positions of new rows at the end, of items, labels and seconds; nobody reads their ids."""
+        """Positions of new rows at the end, of items, labels, seconds and ratings; nobody reads their ids."""
         start = self._size
         stop = start + len(events)
         # room for twice as many rows; what `resize` repeats is overwritten before it is read
@@ -278,8 +284,8 @@ class FeatureIndex:
                 **{name: np.resize(of, 2 * stop) for name, of in vars(self._rows).items()}
             )
         # columns of the events
-        item, label, timestamp = zip(*events, strict=True) if events else ((), (), ())
-        values = (-1, code, person, item, timestamp, timestamp, label, query, rater, own)
+        item, label, time, rating = zip(*events, strict=True) if events else ((),) * 4
+        values = (-1, code, person, item, time, time, label, rating, query, rater, own)
         for of, new in zip(vars(self._rows).values(), values, strict=True):
             of[start:stop] = new
         self._size = stop
@@ -298,15 +304,15 @@ class FeatureIndex:
         self._retriever.observe(row, int(rows.user[row]), known, int(rows.label[row]))
 
     def _own_columns(self, at: I64, catalogue: pl.DataFrame | None) -> dict[str, F64]:
-        """mf, text and text_weight of the queries among a user's rows at these positions."""
+        """Factorisation, text and text_weight of the queries among a user's rows at these positions."""
         # the user's past, then the queries: `chances` and `text_and_weight` walk them alone
         rows = self._rows.at(at)
         found = dict[str, F64]()
         texts = self._texts
         # (rows,) the row of `texts` of each
         place = np.minimum(rows.item, self._items.height)
-        if self._chances is not None:
-            found["mf"] = as_stored(self._chances(replace(rows, item=place)))
+        for name, chances in self._chances.items():
+            found[name] = as_stored(chances(replace(rows, item=place)))
         # items that the log does not have: their vectors follow those of the rows
         new = self._texts_after(catalogue)
         added = rows.item - self._items.height

@@ -38,6 +38,7 @@ class WalkRows:
     timestamp: F64  # seconds; rows of one timestamp never see each other
     known: F64  # seconds, not before `timestamp`: later rows may read the label
     label: I8  # 0, 1, or -1 for unknown
+    rating: F64  # NaN where the row has none
     query: Bool  # retrieved features are requested
     rater: Bool  # becomes a rating that others may read
     own: Bool  # enters the past of its user
@@ -55,6 +56,7 @@ class WalkRows:
             timestamp=rows["timestamp"].to_numpy().astype(np.float64),
             known=known_at(rows),
             label=rows["label"].to_numpy().astype(np.int8),
+            rating=rows["rating"].to_numpy().astype(np.float64),
             query=np.full(rows.height, query),
             rater=read,
             own=read,

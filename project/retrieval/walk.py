@@ -76,21 +76,23 @@ def fit_blocks(
 ) -> Snapshots:
     """What `fit` makes of all rows strictly before each block 1, 2, ...; `description` labels the progress bar.
 
-    Rows are in time order, with columns user, item, timestamp and label.
+    Rows are in time order, with columns user, item, timestamp, label and rating.
     """
     rows = rows.filter(answered(rows))
     known = known_at(rows)
     order = np.argsort(known, kind="stable")
     rows = rows[order]
-    columns = [rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "label")]
+    user = rows["user"].to_numpy().astype(np.int64)
+    item = rows["item"].to_numpy().astype(np.int64)
+    label = rows["label"].to_numpy().astype(np.int64)
+    rating = rows["rating"].to_numpy().astype(np.float64)
     # (blocks - 1,) how many rows are known strictly before each block
     ends = np.searchsorted(known[order], cuts, side="left")
     fitted = list[Snapshot]()
     with Progress(transient=True) as progress:
         for end in progress.track(ends, description=description):
-            fitted.append(
-                fit(Edges(*(values[:end] for values in columns)), len(fitted) + 1)
-            )
+            edges = Edges(user[:end], item[:end], label[:end], rating[:end])
+            fitted.append(fit(edges, len(fitted) + 1))
     return Snapshots(cuts, fitted)
 
 

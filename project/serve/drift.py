@@ -1,4 +1,4 @@
-"""Watches whether the plan still scores as full depth does, and retrieved features still tell likes: drift is an alarm.
+"""Watches whether the plan still scores as full depth does: drift is an alarm.
 
 1. Audits. A share of the requests, drawn by lot, runs to full depth; the same heads tell what the plan would have
    answered. An audit's loss is the mean over its candidates of |probability of the plan - probability of full depth|.
@@ -13,10 +13,6 @@
    expected loss of some audit so far was above the largest of them. The alarm: this is not below the null of 2.
 5. Lists. An audited list of the best k loses the share of full depth's list that is not in it. The null is what its
    certificate promises. This alarm stands alone: from then on lists are made of every candidate's score at full depth.
-6. Answers. Plan and full depth read the same features, so audits do not see that these have become wrong. Events do: a
-   user's loss is the Brier score of exit 0 less that of the base rate, over their first events since the run was
-   loaded. The null is half of what users of the tune fold have, bets are those of 3. A user bets once: events of one
-   user are no independent evidence.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -55,8 +50,6 @@ SHARES = np.array([0.5, *[0.5 / 9] * 9])
 TOLERANCE = 0.01
 # chance of a false alarm, however long the server runs: the alarm is for good, so it is small
 DELTA = 0.01
-EVENTS = 10  # of a user, for a bet
-MOST = 0.25  # a user's loss is cut to +- this, the Brier score of a coin
 
 
 class Capital:
@@ -185,51 +178,6 @@ class Monitor(Watch):
         return replace(scored, logits=logits, exit_layers=layers, list_of=k, audit=full)
 
 
-class AnswerMonitor:
-    """Bets on the answers that users give, and raises the alarm of 6.
-
-    Args:
-        base_rate: Share of positive answers in training.
-        reference: Mean loss of the tune fold's users, see `reference_answers`.
-    """
-
-    def __init__(self, base_rate: float, reference: float) -> None:
-        self._base_rate = base_rate
-        self.null = max(reference / 2, reference + TOLERANCE)
-        self._capital = Capital(np.array([0.5 + self.null / (2 * MOST)]))
-        self._losses = dict[int, list[float]]()  # of users' first EVENTS
-        self.users = 0
-        self.alarm = False  # for good
-
-    def awaits(self, user: int) -> bool:
-        """Whether the user has not bet yet: further events of one who has need no probability."""
-        return len(self._losses.get(user, ())) < EVENTS
-
-    def observe(self, user: int, probability: float, label: int) -> None:
-        """An event, and the probability that exit 0 had given it; the user bets with the last of EVENTS."""
-        if not self.awaits(user):
-            return
-        losses = self._losses.setdefault(user, [])
-        losses.append(excess(probability, label, self._base_rate))
-        if len(losses) < EVENTS:
-            return
-        self.users += 1
-        self._capital.stake(0.5 + float(np.clip(np.mean(losses), -MOST, MOST)) / (2 * MOST))
-        if self._capital.highest[0] >= -np.log(DELTA) and not self.alarm:
-            self.alarm = True
-            LOG.warning(
-                "drift: the Brier score of exit 0 minus that of the base rate has come above %.4f (confidence %g, %d "
-                "users), so half of what the retrieved features knew is lost: see what feeds them, or refit; from now "
-                "on every request runs to full depth",
-                *(self.null, 1 - DELTA, self.users),
-            )
-
-
-def excess(probability: Any, label: Any, base_rate: float) -> Any:
-    """Brier score less that of the base rate."""
-    return (probability - label) ** 2 - (base_rate - label) ** 2
-
-
 def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[I64, F64, F64]:
     """Of n rows at all heads, calibrated: layers and logits that they leave with, and their losses, (n,) each."""
     layers, logits = plan.emitted(outputs)
@@ -246,28 +194,13 @@ def listed(lists: Lists, k: int, outputs: HeadOutputs) -> tuple[I64, F64, float]
     return exits.numpy(), logits.double().numpy(), 1.0 - float(overlap)
 
 
-def references(
+def reference_loss(
     run: Path, model: ExitRecommender, data: InteractionData, plan: ExitPlan
-) -> tuple[float | None, float | None]:
-    """What is no drift: mean loss of the tune fold of a run's score table, and of its users' answers.
-
-    The second is None where no user has EVENTS rows there, both are where the table is not of this checkpoint.
-    """
+) -> float | None:
+    """What is no drift: mean loss of the tune fold of a run's score table; None where it is not of this checkpoint."""
     scores = scores_of_run(run, "valid", model)
     if scores is None:
-        return None, None
+        return None
     tune = scores.filter(pl.col("fold") == "tune")
-    baseline = model.feature_baseline()
-    features = data.features_of(tune, baseline.base)
-    table = data.retrieved_of(data.split.rows[tune["row_id"].to_numpy()])
-    chances = probabilities(baseline.logits(table))
-    losses = excess(chances, tune["label"].to_numpy(), baseline.base)
-    rows = tune.select("user", "row_id", excess=pl.Series(losses)).sort("row_id")
-    users = rows.group_by("user", maintain_order=True).agg(pl.col("excess").head(EVENTS))
-    means = (
-        users.filter(pl.col("excess").list.len() == EVENTS)["excess"]
-        .list.mean()
-        .clip(-MOST, MOST)
-    )
-    skill = float(means.to_numpy().mean()) if len(means) else None
-    return float(answered(plan, plan.outputs(tune, features))[2].mean()), skill
+    features = data.features_of(tune, model.feature_baseline().base)
+    return float(answered(plan, plan.outputs(tune, features))[2].mean())

@@ -42,12 +42,11 @@ from project.engine.requests import (
 from project.errors import ConfigError, DataError, ProjectError
 from project.features import COLUMNS, Retrieved
 from project.loading import open_run
-from project.metrics import probabilities
 from project.request import Item, RankRequest, RecommendRequest, Scored, id_of
 from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
 from project.run import read_seen
-from project.serve.drift import AnswerMonitor, Monitor, references
+from project.serve.drift import Monitor, reference_loss
 from project.serve.store import Deleted, Event, EventStore
 from project.serve.waiting import Waiting
 
@@ -109,7 +108,7 @@ class Ranker:
         model.know(data)
         self._text_vectors = TextVectors(data.item_encoder()) if model.items else None
         device = model.backbone.embed_tokens.weight.device
-        reference, skill = references(folder, model, data, plan)
+        reference = reference_loss(folder, model, data, plan)
         # once for all engines
         model.backbone = prepacked(model.backbone.eval(), model.in_bfloat16)
         # the plan, full depth and audits share users' cached histories
@@ -119,7 +118,6 @@ class Ranker:
         # without a score table of this checkpoint nobody knows which loss is no drift
         share = 0.0 if reference is None else audit_share
         self.monitor = Monitor(model, plan, run.lists, reference or 0.0, cache, share)
-        self.answers = None if skill is None else AnswerMonitor(self._baseline.base, skill)
         # 3. what it is
         base = model.backbone_name
         self.about: dict[str, Any] = {
@@ -240,7 +238,7 @@ class Ranker:
             user = self._users[event.user_id]
             item = self._codes[event.item_id]
             code = np.array([item])
-            # 2. the features it has now, for its prompt; with context for the drift alarm
+            # 2. the features it has now, for its prompt
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             values = self._rates.of_event(event.user_id, json.loads(event.context or "{}"))
@@ -250,15 +248,12 @@ class Ranker:
                 np.array([event.label], np.int8),
                 np.array([event.rating], np.float64),  # None is NaN
             )
-            if self.answers is not None and self.answers.awaits(user):
-                whole = self._with_context(features, values, code, self._items)
-                (chance,) = probabilities(self._baseline.logits(whole)).tolist()
-                self.answers.observe(user, chance, event.label)
             # 3. what later requests read
             self._history(user).add(
                 segments.tokens.values, item, event.label, time, event.timestamp
             )
-            self._index.observe(user, item, event.label, time, self._items)
+            rating = np.nan if event.rating is None else event.rating
+            self._index.observe(user, item, event.label, time, rating, self._items)
             self._rates.observe(values, code, event.label, self._items)
             self._finder.observe(item, event.label, event.timestamp)
 
@@ -368,9 +363,7 @@ class Ranker:
         A user of the log is scored with all of their rows, also on items among them: this measures nothing on the log.
         An error of one request does not touch the others.
         """
-        self.full_depth |= self.monitor.alarm or (
-            self.answers is not None and self.answers.alarm
-        )
+        self.full_depth |= self.monitor.alarm
         found = dict[int, Scored]()  # by place among the requests
         # 1. Items that requests bring have codes behind the known ones until the batch is
         # done.
@@ -544,8 +537,7 @@ class Ranker:
             past = in_time(
                 [(codes[item], y, at, rating) for item, y, at, rating in request.past(now)]
             )
-            dated = [(item, y, at) for item, y, at, _ in past]
-            found = self._index.retrieved(user, candidates, dated, items, now)
+            found = self._index.retrieved(user, candidates, past, items, now)
             item, label = np.array([row[:2] for row in past], np.int64).reshape(-1, 2).T
             tokens = encoder.encode(
                 item,
@@ -553,7 +545,7 @@ class Ranker:
                 label.astype(np.int8),
                 np.array([row[3] for row in past], np.float64),
             ).tokens
-            for k, (code, y, at) in enumerate(dated):
+            for k, (code, y, at, _) in enumerate(past):
                 history.add(tokens[k], code, y, at, at)
             found = found.rows(slice(len(past), None))
             longest = int(tokens.lengths.max(initial=0))

@@ -80,6 +80,7 @@ def make_split(rows: pl.DataFrame) -> SplitInteractions:
         pl.col("timestamp").cast(pl.Float64),
         pl.col("label").cast(pl.Int8),
         pl.col("split").cast(pl.Enum(SPLITS)),
+        rating=pl.lit(None, pl.Float64),
         fold=pl.when(pl.col("split") == "valid").then(fold),
         role=pl.lit("target", pl.Enum(ROLES)),
     )

@@ -56,10 +56,10 @@ class TestEveryCriterion:
             assert torch.equal(confidence_table(fitted, changed)[:, k], table[:, k])
 
     def test_decides_from_its_first_head_on(self, fitted, outputs):
-        """Before `first` confidence is -inf for all, from then on finite for all; the last column is +inf."""
-        table = confidence_table(fitted, outputs)
-        assert (table[:, : fitted.first] == -torch.inf).all()
-        assert table[:, fitted.first : -1].isfinite().all()
+        """Before its first head confidence is -inf for all, from then on finite for all; the last column is +inf."""
+        table, first = confidence_table(fitted, outputs), isinstance(fitted, Consistency)
+        assert (table[:, :first] == -torch.inf).all()
+        assert table[:, first:-1].isfinite().all()
         assert (table[:, -1] == torch.inf).all()
 
     def test_float32_and_double_agree(self, fitted, outputs):
@@ -69,7 +69,8 @@ class TestEveryCriterion:
         )
         found = confidence_table(fitted, single)
         assert found.dtype == torch.float32
-        difference = (found - confidence_table(fitted, outputs))[:, fitted.first : -1].abs()
+        first = isinstance(fitted, Consistency)
+        difference = (found - confidence_table(fitted, outputs))[:, first:-1].abs()
         # a quantile moves by one of 1,000 steps, and a neighbour at equal distance may
         # change places
         assert difference.quantile(0.99) < 2e-3
@@ -180,7 +181,7 @@ class Mine(Criterion):
 WRONG: dict[str, tuple[Callable[[HeadOutputs], Any], str]] = {
     "a float": (lambda o: 0.5, "returned 0.5"),
     "one number": (lambda o: o.logits.mean(), r"returned tensor"),
-    "NaN": (lambda o: o.logits[:, -1] * torch.nan, "returned tensor"),
+    "NaN": (lambda o: o.logits[:, -1] * torch.nan, r"with \d+ NaN"),
 }
 
 
@@ -196,6 +197,17 @@ def test_a_wrong_confidence_names_class_and_shape(
         confidence_table(Mine(made), outputs)
     with pytest.raises(ConfigError, match=expected):
         ExitSettings(criterion=Mine(made))
+
+
+def test_an_argument_under_another_name_is_named_before_training() -> None:
+    class Renamed(Ratio):
+        def __init__(self, window: int) -> None:
+            self.size = window
+
+    with pytest.raises(
+        ConfigError, match=r"Renamed has no attribute window; .*self\.window"
+    ):
+        ExitSettings(criterion=Renamed(3))
 
 
 def test_trying_out_leaves_no_trace() -> None:

@@ -15,7 +15,13 @@ import torch
 from project.errors import ConfigError
 from project.exits.calibration import Calibration, fit_calibration
 from project.exits.cost import request_cost, row_tokens
-from project.exits.criteria import HeadOutputs, Learned, Ratio, confidence_table
+from project.exits.criteria import (
+    Consistency,
+    HeadOutputs,
+    Learned,
+    Ratio,
+    confidence_table,
+)
 from project.exits.plan import ExitPlan, specification
 from project.exits.policy import leave
 from project.exits.search import control_curves, equal_accuracy_exit, point
@@ -54,9 +60,9 @@ class TestPlan:
         table = confidence_table(criterion, outputs)
         generator = torch.Generator().manual_seed(seed)
         share = torch.rand(6, generator=generator, dtype=torch.float64) * 0.6
+        first = isinstance(criterion, Consistency)  # head at which it can decide
         limits = [
-            table[:, k].quantile(1 - share[k]) if k >= criterion.first else NEVER
-            for k in range(6)
+            table[:, k].quantile(1 - share[k]) if k >= first else NEVER for k in range(6)
         ]
         limits = limits_of(*limits)
         expected = leave(table, limits)

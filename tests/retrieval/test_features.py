@@ -32,7 +32,7 @@ from project.retrieval import (
     Retriever,
 )
 from project.retrieval.base import Edges, Neighbours, Raters, Snapshot
-from project.retrieval.factorisation import Factorisation
+from project.retrieval.factorisation import Factorisation, answers, places_of
 from project.retrieval.features import reads_all_earlier
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import block_cuts, fit_snapshots, walk
@@ -218,6 +218,7 @@ def test_unseen_users_and_items(tmp_path: Path) -> None:
     chosen = pl.DataFrame({"user": [90, 90, 90, 91], "item": [0, 77, 1, 1]}).with_columns(
         timestamp=pl.Series([late, late, late + 1, late + 1]),
         label=pl.Series([1, 0, -1, -1]),
+        rating=pl.Series([5.0, 1.0, None, None]),
         candidate=pl.Series([False, False, True, True]),
     )
     features = RetrievedFeatures(split, CoLikes(neighbours=4), REFITS, tmp_path)
@@ -277,33 +278,43 @@ def test_warnings(
 MF = MatrixFactorisation(dim=2)
 
 
-def chances_of(rows: pl.DataFrame, log: pl.DataFrame | None = None) -> np.ndarray:
+def chances_of(
+    rows: pl.DataFrame, log: pl.DataFrame | None = None, ratings: bool = True
+) -> np.ndarray:
     """Factorisation of rows of a log, with the cuts of all its rows."""
     time = (rows if log is None else log)["timestamp"].to_numpy()
-    return MF.chances(WalkRows.from_log(rows), MF.fit(rows, 9, block_cuts(time, REFITS)))
+    fitted = MF.fit(rows, 9, block_cuts(time, REFITS), ratings)
+    return MF.chances(WalkRows.from_log(rows), fitted)
 
 
 def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
-    """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows."""
+    """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows.
+
+    The answer is the rating's place among ratings before the block: the share below, and half of its equals.
+    """
     rows = make_log(3)
     user, item, time, label = columns(rows)
-    snapshots = MF.fit(rows, 9, block_cuts(time, REFITS))
+    rating = rows["rating"].to_numpy()  # NaN where only a label is there
+    snapshots = MF.fit(rows, 9, block_cuts(time, REFITS), ratings=True)
     found, penalty, checked = chances_of(rows), np.array([1.0, 3.0, 3.0]), 0
     for row in np.flatnonzero(~np.isnan(found))[::7]:
-        fitted = snapshots.fitted[
-            int(np.searchsorted(snapshots.cuts, time[row], side="right")) - 1
-        ]
+        block = int(np.searchsorted(snapshots.cuts, time[row], side="right")) - 1
+        fitted = snapshots.fitted[block]
         past = (user == user[row]) & (time < time[row])
-        x, known, sign = (
-            fitted["vectors"][item[past]],
-            fitted["known"][item[past]],
-            2.0 * label[past] - 1,
+        x = fitted["vectors"][item[past]]
+        known = fitted["known"][item[past]]
+        before = rating[(time < snapshots.cuts[block]) & ~np.isnan(rating)]
+        answer = np.array(
+            [
+                y if np.isnan(r) else np.mean(before < r) + np.mean(before == r) / 2
+                for y, r in zip(label[past], rating[past], strict=True)
+            ]
         )
 
-        def loss(v: np.ndarray, x=x, known=known, sign=sign) -> float:
-            return float(
-                np.logaddexp(0, -sign * (known + x @ v)).sum() + 0.5 * penalty @ v**2
-            )
+        def loss(v: np.ndarray, x=x, known=known, answer=answer) -> float:
+            logit = known + x @ v
+            lost = np.logaddexp(0, logit).sum() - answer @ logit
+            return float(lost + 0.5 * penalty @ v**2)
 
         best = minimize(loss, np.zeros(3), tol=1e-10).x
         logit = fitted["known"][item[row]] + fitted["vectors"][item[row]] @ best
@@ -323,10 +334,18 @@ def test_an_answer_moves_no_mf_of_its_own_second_or_before(row: int) -> None:
     assert time[changed].min() > time[row]
 
 
+def test_places_of_ratings() -> None:
+    """Of 1, 2, 2, 5: 2 has 1/4 below it and 2/4 beside it, so .5; 3.5 is half way to 5."""
+    ratings, places = places_of(np.array([5.0, 2, np.nan, 1, 2]))
+    rating = np.array([1.0, 2, 3.5, 5, np.nan])
+    found = answers(np.ones(5), rating, {"ratings": ratings, "places": places})
+    np.testing.assert_allclose(found, [0.125, 0.5, 0.6875, 0.875, 1])
+
+
 def test_mf_of_one_kind_of_answer() -> None:
     """Where all earlier answers are likes nothing can be factorised: (likes + .5) / (rows + 1), and the user's bias."""
     rows = make_log(0).with_columns(label=pl.lit(1, pl.Int8))
-    found, time = chances_of(rows), rows["timestamp"].to_numpy()
+    found, time = chances_of(rows, ratings=False), rows["timestamp"].to_numpy()
     assert np.array_equal(np.isnan(found), time < block_cuts(time, REFITS)[0])
     assert (found[~np.isnan(found)] > 0.5).all()
 
@@ -343,23 +362,24 @@ def test_mf_of_a_request_is_that_of_the_log_and_each_split_has_its_own(
     chosen = rows.filter(pl.col("user").is_in([1, 4, 7])).sample(
         fraction=1, shuffle=True, seed=0
     )
-    found = features.of_requests(request(chosen))["mf"]
-    expected = chosen.select("row_id").join(
-        tables["test"], on="row_id", maintain_order="left"
-    )["mf"]
-    assert expected.null_count() < len(expected)
-    np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)
-    alone = chances_of(rows.filter(pl.Series(assign(rows) == 0)), log=rows)
-    np.testing.assert_allclose(
-        tables["train"]["mf"].to_numpy(), alone.astype(np.float32), atol=1e-7
-    )
+    asked = features.of_requests(request(chosen))
+    known = chosen.select("row_id").join(tables["test"], on="row_id", maintain_order="left")
+    of_train = rows.filter(pl.Series(assign(rows) == 0))
+    for name in ("mf", "mf_rating"):
+        found, expected = asked[name], known[name]
+        assert expected.null_count() < len(expected)
+        np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-6)
+        alone = chances_of(of_train, log=rows, ratings=name == "mf_rating")
+        np.testing.assert_allclose(
+            tables["train"][name].to_numpy(), alone.astype(np.float32), atol=1e-7
+        )
 
 
 def test_log_odds_of_mf_and_of_item_similarity() -> None:
     """An item liked 3 of 4 times, a user who liked 1 of 2, base .5.
 
-    Factorisation .8 is log(.8 / .2); without one log(5.5 / 3.5) + log(3.5 / 3.5) of the rates. Item similarity .75 of
-    weight 4 is log((3 + 2.5) / (1 + 2.5)); without similar items, or without the column, 0.
+    Factorisation .8 is log(.8 / .2); without one log(5.5 / 3.5) + log(3.5 / 3.5) of the rates, of ratings 0. Item
+    similarity .75 of weight 4 is log((3 + 2.5) / (1 + 2.5)); without similar items, or without the column, 0.
     """
     table = pl.DataFrame(
         {
@@ -369,7 +389,8 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
             "user_rate": [0.5] * 2,
         }
         | {"user_count": [2] * 2, "vote": [None] * 2, "neighbour_count": [0] * 2}
-        | {"similarities": [[], []], "answers": [[], []], "mf": [0.8, None]}
+        | {"similarities": [[], []], "answers": [[], []]}
+        | {"mf": [0.8, None], "mf_rating": [0.8, None]}
         | {"item_similarity": [0.75, None], "item_similarity_weight": [4.0, 0.0]},
         schema_overrides={
             "vote": pl.Float32,
@@ -377,14 +398,15 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
             "answers": pl.List(pl.Int8),
         },
     )
-    at = [FEATURES.index(name) for name in ("mf_log_odds", "item_similarity_log_odds")]
+    names = ("mf_log_odds", "mf_rating_log_odds", "item_similarity_log_odds")
+    at = [FEATURES.index(name) for name in names]
     rates = np.log(5.5 / 3.5)
     found = feature_matrix(table, 0.5)[:, at]
-    np.testing.assert_allclose(found, [[np.log(4), rates], [rates, 0]], atol=1e-6)
-    without = feature_matrix(
-        table.drop("mf", "item_similarity", "item_similarity_weight"), 0.5
-    )[:, at]
-    np.testing.assert_allclose(without, [[rates, 0]] * 2, atol=1e-6)
+    expected = [[np.log(4), np.log(4), rates], [rates, 0, 0]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    columns = ("mf", "mf_rating", "item_similarity", "item_similarity_weight")
+    without = feature_matrix(table.drop(*columns), 0.5)[:, at]
+    np.testing.assert_allclose(without, [[rates, 0, 0]] * 2, atol=1e-6)
 
 
 def factorised():

@@ -28,7 +28,14 @@ from project.retrieval.walk import walk
 
 REFITS, MF, END = 4, MatrixFactorisation(dim=2), 1000.0
 # sums in another order
-SUMMED = ("mf", "text", "text_weight", "item_similarity", "item_similarity_weight")
+SUMMED = (
+    "mf",
+    "mf_rating",
+    "text",
+    "text_weight",
+    "item_similarity",
+    "item_similarity_weight",
+)
 RETRIEVERS: dict[str, Retriever] = {
     "co_likes": CoLikes(neighbours=4, item_neighbours=3, similar_every=3, max_raters=5),
     "lightgcn": LightGCN(dim=4, epochs=1),
@@ -75,7 +82,9 @@ def replay(
             same(found, table.filter(pl.col("row_id") == row["row_id"]))
             answered += 1
         for row in group.iter_rows(named=True):
-            made.observe(row["user"], row["item"], row["label"], row["timestamp"])
+            event = (row["user"], row["item"], row["label"], row["timestamp"])
+            rating = row["rating"]
+            made.observe(*event, np.nan if rating is None else rating)
     return answered
 
 
@@ -135,16 +144,23 @@ def test_a_request_is_answered_as_by_the_walk(
     split = make_split(rows, by_time(rows))
     catalogue = with_new(split, "title 3 again")
     history = (
-        [(1, 1, 70.5), (NUM_ITEMS, 0, 9.0), (1, 0, 70.5), (4, 1, 71.0)] if brings else []
+        [
+            (1, 1, 70.5, 5.0),
+            (NUM_ITEMS, 0, 9.0, 1.0),
+            (1, 0, 70.5, 2.5),
+            (4, 1, 71.0, np.nan),
+        ]
+        if brings
+        else []
     )
     candidates = [*range(NUM_ITEMS + 1), 1]
-    end = max([float(rows["timestamp"].max()), *(at for *_, at in history)]) + 1  # type: ignore[arg-type]
-    item, label, time = zip(
-        *history, *((item, -1, end) for item in candidates), strict=True
+    end = max([float(rows["timestamp"].max()), *(row[2] for row in history)]) + 1  # type: ignore[arg-type]
+    item, label, time, rating = zip(
+        *history, *((item, -1, end, np.nan) for item in candidates), strict=True
     )
-    asked = pl.DataFrame({"item": item, "timestamp": time, "label": label}).with_columns(
-        user=user, candidate=pl.col("label") < 0
-    )
+    asked = pl.DataFrame(
+        {"item": item, "timestamp": time, "label": label, "rating": rating}
+    ).with_columns(user=user, candidate=pl.col("label") < 0)
     features = RetrievedFeatures(split, retriever, REFITS, tmp_path, MF)
     expected = features.of_requests(asked, catalogue)
     made = indexed(split, retriever, tmp_path)
@@ -152,7 +168,7 @@ def test_a_request_is_answered_as_by_the_walk(
         found = made.retrieved(user, candidates, history if brings else None, catalogue)
         same(found.rows(slice(len(history), None)), expected.tail(len(candidates)))
         same(found, found.table())
-        made.retrieved(5, [2], [(2, 0, 3.0)])
+        made.retrieved(5, [2], [(2, 0, 3.0, 1.0)])
 
 
 def test_new_users_are_answered_as_by_the_walk(
@@ -175,7 +191,7 @@ def test_new_users_are_answered_as_by_the_walk(
         snapshots.cuts,
         snapshots.fitted,
     )
-    made._chances = None
+    made._chances = {}
     later = every.filter(pl.col("timestamp") >= 100)
     replay(made, later, walked, without=("text", "text_weight"))
 
@@ -214,7 +230,7 @@ def test_a_new_item_has_a_text_and_raters_at_once(tmp_path: Path) -> None:
     made = indexed(split, NoRetriever(), tmp_path)
     catalogue = with_new(split, "something else")
     for _ in range(2):
-        made.observe(99, item, 1, END, catalogue)
+        made.observe(99, item, 1, END, catalogue=catalogue)
     (row,) = made.retrieved(99, [item]).table().to_dicts()
     assert (row["item_count"], row["item_rate"], row["user_count"], row["user_rate"]) == (
         2,

@@ -37,7 +37,8 @@ class AllRaters(Retriever):
 def table(rows: list[tuple[float, int, int, int]]) -> pl.DataFrame:
     """Rows (timestamp, user, item, label), already in order."""
     frame = pl.DataFrame(rows, ["timestamp", "user", "item", "label"], orient="row")
-    return numbered(frame.with_columns(pl.col("timestamp").cast(pl.Float64)))
+    time = pl.col("timestamp").cast(pl.Float64)
+    return numbered(frame.with_columns(time, rating=pl.lit(None, pl.Float64)))
 
 
 def answer(rows: pl.DataFrame, retriever: Retriever) -> pl.DataFrame:

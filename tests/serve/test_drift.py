@@ -26,9 +26,8 @@ from project.exits.criteria import Ratio
 from project.exits.plan import ExitPlan
 from project.exits.ranking import Lists
 from project.request import RankRequest
-from project.serve.drift import EVENTS, AnswerMonitor, Capital, Monitor, answered
+from project.serve.drift import Capital, Monitor, answered
 from project.serve.ranker import Ranker
-from project.serve.store import Event
 
 STREAMS, DELTA = 200, 0.1
 Losses = F64
@@ -77,48 +76,6 @@ def test_late_drift_is_found_too(clean: int, audits: int) -> None:
     found = alarms(null, np.concatenate([before, after]), delta=0.01)
     assert clean < found.min()
     assert found.max() <= clean + audits
-
-
-def first_alarms(shuffled: bool, streams: int, users: int) -> I64:
-    """Users until the alarm, one more than there are where none comes, with chances of Beta(2, 2): base rate .5.
-
-    Brier score of the chances minus that of the base rate: E[c(1 - c)] - .25 = .2 - .25 = -.05; of another row's
-    chance: the variance of both, + .05. A user's taste moves all chances of theirs.
-    """
-    rng, found = np.random.default_rng(4), []
-    for _ in range(streams):
-        chance = np.clip(
-            rng.beta(2, 2, (users, EVENTS)) + rng.normal(0, 0.1, (users, 1)), 0, 1
-        )
-        label = rng.random((users, EVENTS)) < chance
-        told = rng.permuted(chance.ravel()).reshape(chance.shape) if shuffled else chance
-        monitor = AnswerMonitor(base_rate=0.5, reference=-0.05)
-        for user, event in np.ndindex(chance.shape):
-            monitor.observe(user, told[user, event], int(label[user, event]))
-            if monitor.alarm:
-                break
-        found.append(monitor.users if monitor.alarm else users + 1)
-    return np.array(found)
-
-
-def test_answers_raise_no_alarm_while_features_tell_them_and_one_when_they_are_shuffled() -> (
-    None
-):
-    """None of 200 streams of 80 users; each of 30 within 60 users, of ten events each."""
-    assert first_alarms(False, 200, 80).min() == 81
-    assert first_alarms(True, 30, 80).max() <= 60
-
-
-def test_a_user_bets_once_with_the_first_events() -> None:
-    """Ten events that the base rate tells better, +.17 each: one bet. 500 more of the same user change nothing."""
-    monitor = AnswerMonitor(base_rate=0.5, reference=-0.05)
-    for k in range(510):
-        monitor.observe(7, probability=0.9, label=k % 2)
-        assert monitor.users == (k >= EVENTS - 1)
-    assert not monitor.alarm
-    assert monitor.null == pytest.approx(-0.025)
-    # a hundredth at least
-    assert AnswerMonitor(0.5, reference=0.004).null == pytest.approx(0.014)
 
 
 @pytest.fixture(scope="module")
@@ -283,26 +240,3 @@ def test_lists_fall_back_alone(served_run: Path) -> None:
     ranker.full_depth = True
     (whole,) = ranker.rank_after_log([plain])
     assert after[0].best_first(3) == whole.best_first(3)
-
-
-@pytest.mark.slow
-def test_a_ranker_learns_from_events_that_features_are_wrong(served_run: Path) -> None:
-    """Answers drawn by a coin: exit 0, said to know .24 more than the base rate, tells none; all to full depth."""
-    ranker, rng = Ranker.load(served_run, audit_share=0.0), np.random.default_rng(5)
-    request = RankRequest("u1", None, ["i4"])
-    assert ranker.answers is None  # no user of the tiny world has ten rows in the tune fold
-    answers = ranker.answers = AnswerMonitor(base_rate=0.5, reference=-0.24)
-    ranker.rank_after_log([request])
-    for k in range(40 * EVENTS):
-        event = Event(
-            str(k),
-            f"new {k % 40}",
-            f"i{rng.integers(20)}",
-            int(rng.integers(2)),
-            5000.0 + k,
-        )
-        ranker.observe([event], [])
-    assert answers.alarm
-    (found,) = ranker.rank_after_log([request])
-    assert ranker.full_depth
-    assert found.exit_layers.tolist() == [ranker.about["exit_layers"][-1]]
