@@ -25,7 +25,7 @@ from project.errors import DataError
 Value = TypeVar("Value")
 
 # raise it when the same settings would give other retrieved features or other files
-FORMAT = 1
+FORMAT = 2
 # of a full disk
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from project.arrays import F64, I64
+from project.arrays import F64
 
 PRIOR_ROWS = 5.0
 """A rate is mixed with so many rows at the train mean: best of 1, 2, 3, 5, 10, 20 on ML-100K's validation."""
@@ -37,7 +37,8 @@ their similarities were rows; four times the text similarity (the slope of log-o
 TEXT_FEATURES = FEATURES[-2:]
 # of a retrieved features table, those that are numbers and read here or by prompts
 COLUMNS = (
-    *("item_rate", "item_count", "user_rate", "user_count", "vote", "neighbour_count"),
+    *("item_rate", "item_count", "user_rate", "user_count"),
+    *("vote", "neighbour_count", "weighted_vote", "vote_weight", "similarity"),
     *("mf", "mf_rating", "item_similarity", "item_similarity_weight"),
     *("text", "text_weight"),
 )
@@ -48,8 +49,6 @@ FREQUENT = 20  # train targets of a category that gets a number of its own
 MOST_VALUES = 64  # of a category
 SKEWED = 2.0  # skewness from which on the logarithm of a number is read
 WIDE = 5.0  # deviations that a number is clipped to
-# rows whose neighbours are looked at together, which bounds the memory that they take
-BLOCK = 2**17
 SUREST = 1e-4  # chances by factorisation are clipped to this distance from 0 and 1
 
 
@@ -58,57 +57,30 @@ class Retrieved:
     """Retrieved features of n rows as numbers: what a table of them holds, or an index answers."""
 
     columns: dict[str, F64]  # (n,) by the table's name; NaN where it has null
-    of_row: I64  # (pairs,) the row of each neighbour, ascending
-    similarity: F64  # (pairs,)
-    answer: F64  # (pairs,)
 
     @classmethod
     def of(cls, table: pl.DataFrame | Retrieved) -> Retrieved:
         """Of a table's rows, in their order."""
         if isinstance(table, Retrieved):
             return table
-        columns = {
-            c: table[c].cast(pl.Float64).to_numpy()
-            for c in table.columns
-            if c in COLUMNS or c.startswith(PREFIXES)
-        }
-        if "answers" not in table.columns:
-            return cls(columns, np.empty(0, np.intp), np.empty(0), np.empty(0))
-        count = table["answers"].list.len().fill_null(0).to_numpy()
-        known = table.filter(count > 0)
-        answer, similarity = (
-            known[c].explode().cast(pl.Float64).to_numpy()
-            for c in ("answers", "similarities")
+        return cls(
+            {
+                c: table[c].cast(pl.Float64).to_numpy()
+                for c in table.columns
+                if c in COLUMNS or c.startswith(PREFIXES)
+            }
         )
-        return cls(columns, np.repeat(np.arange(len(count)), count), similarity, answer)
 
     def table(self) -> pl.DataFrame:
         """A table that `of` reads as this."""
-        ends = np.cumsum(np.bincount(self.of_row, minlength=len(self)))[:-1]
-        lists = [
-            pl.Series(
-                name, [part.tolist() for part in np.split(of, ends)], pl.List(pl.Float64)
-            )
-            for name, of in (("similarities", self.similarity), ("answers", self.answer))
-        ]
-        return pl.DataFrame(self.columns, nan_to_null=True).with_columns(lists)
+        return pl.DataFrame(self.columns, nan_to_null=True)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def rows(self, part: slice) -> Retrieved:
         """Some of the rows."""
-        start, stop, _ = part.indices(len(self))
-        pairs = slice(*np.searchsorted(self.of_row, [start, stop]))
-        columns = {name: values[part] for name, values in self.columns.items()}
-        return Retrieved(
-            columns, self.of_row[pairs] - start, self.similarity[pairs], self.answer[pairs]
-        )
-
-    def sums(self, of_pair: F64) -> F64:
-        """(n,) of a number of each neighbour, (pairs,)."""
-        found: F64 = np.bincount(self.of_row, of_pair, len(self)).astype(np.float64)
-        return found
+        return Retrieved({name: values[part] for name, values in self.columns.items()})
 
 
 def feature_matrix(
@@ -119,10 +91,6 @@ def feature_matrix(
     `base` is the share of likes among train targets, to which rates of few rows shrink. Where the table has no
     factorisation, its feature is the sum of both rates' log-odds; where it has no item similarity, the train mean.
     """
-    if isinstance(retrieved, pl.DataFrame) and len(retrieved) > BLOCK:
-        return np.concatenate(
-            [feature_matrix(part, base, terms) for part in retrieved.iter_slices(BLOCK)]
-        )
     found = Retrieved.of(retrieved)
 
     def numbers(name: str) -> F64:
@@ -133,17 +101,13 @@ def feature_matrix(
         rows = numbers(count)
         return log_odds(numbers(rate) * rows, rows, base), np.log1p(rows)
 
-    # 1. rates of the item and the user, and the neighbours' vote
+    # 1. rates of the item and the user, the neighbours' vote, and this weighted by similarity
     item = rate_and_rows("item_rate", "item_count")
     user = rate_and_rows("user_rate", "user_count")
     vote = rate_and_rows("vote", "neighbour_count")
-    # 2. the vote weighted by similarity; a similarity below 0 counts as 0
-    similarity = np.maximum(found.similarity, 0.0)
-    weighted_vote = log_odds(
-        found.sums(similarity * found.answer), found.sums(similarity), base
-    )
+    weighted_vote = rate_and_rows("weighted_vote", "vote_weight")[0]
 
-    # 3. matrix factorisation, and the user's own answers on similar items
+    # 2. matrix factorisation, and the user's own answers on similar items
     def by_factorisation(name: str, unknown: F64) -> F64:
         chance = found.columns.get(name, np.full(len(found), np.nan))
         chance = np.clip(chance, SUREST, 1.0 - SUREST)
@@ -152,16 +116,12 @@ def feature_matrix(
     mf = by_factorisation("mf", item[0] + user[0] - np.log(base / (1.0 - base)))
     # where nothing is known, the middle of all ratings
     mf_rating = by_factorisation("mf_rating", np.zeros(len(found)))
-    weight = numbers("item_similarity_weight")
-    item_similarity = log_odds(numbers("item_similarity") * weight, weight, base)
-    # 4. in the order of FEATURES, then terms
-    mean_similarity = found.sums(found.similarity) / np.maximum(
-        np.bincount(found.of_row, minlength=len(found)), 1
-    )
+    item_similarity = rate_and_rows("item_similarity", "item_similarity_weight")[0]
+    # 3. in the order of FEATURES, then terms
     text = 4.0 * numbers("text")
     text_rows = np.log1p(numbers("text_weight"))
     columns = (
-        *(*item, *user, *vote, mean_similarity, weighted_vote),
+        *(*item, *user, *vote, numbers("similarity"), weighted_vote),
         *(mf, mf_rating, item_similarity, text, text_rows),
         *(term.of(found) for term in terms),
     )

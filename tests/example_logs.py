@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from project.data.protocol import (
     SplitInteractions,
 )
 from project.retrieval import VectorRetriever
-from project.retrieval.base import Edges, Retriever
+from project.retrieval.base import Edges, Neighbours, Retriever
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import fit_snapshots, walk
 
@@ -122,7 +123,33 @@ def retrieved(
     log = WalkRows.from_log(rows)
     present = ~absent.to_numpy()
     flagged = WalkRows(**{**vars(log), "rater": present, "own": present})
-    return walk(flagged, retriever, items_table(), cuts, snapshots.fitted)
+    return listed(flagged, retriever, items_table(), cuts, snapshots.fitted)
+
+
+def listed(rows: WalkRows, retriever: Retriever, *about: Any) -> pl.DataFrame:
+    """`walk`, with lists of the neighbours' rows, similarities and answers, as `select` gives them."""
+    found = []
+
+    def recorded(*asked: Any) -> Neighbours:
+        # a copy, since later rows move the raters
+        found.append(deepcopy(type(retriever).select(retriever, *asked)))
+        return found[-1]
+
+    retriever.select = recorded  # type: ignore[method-assign]
+    try:
+        table = walk(rows, retriever, *about)
+    finally:
+        del retriever.select
+    at = [neighbours.row for neighbours in found]
+    return table.with_columns(
+        neighbours=pl.Series(
+            [rows.row_id[n].tolist() for n in at], dtype=pl.List(pl.Int64)
+        ),
+        similarities=pl.Series(
+            [n.similarity.tolist() for n in found], dtype=pl.List(pl.Float32)
+        ),
+        answers=pl.Series([rows.label[n].tolist() for n in at], dtype=pl.List(pl.Int8)),
+    )
 
 
 def columns(rows: pl.DataFrame) -> tuple[Array, ...]:

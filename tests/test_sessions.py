@@ -211,7 +211,7 @@ def test_the_index_and_requests_read_what_is_known(delay: int, tmp_path: Path) -
     )
     walked = features.of_requests(asked)
     now = index.retrieved(3, range(5)).table()
-    columns = [name for name in now.columns if name not in ("row_id", "neighbours")]
+    columns = [name for name in now.columns if name != "row_id"]
     assert now.select(columns).equals(walked.select(columns))
     # a request inside a session
     own = split.rows.filter(pl.col("timestamp") < pl.col("known_at")).row(-1, named=True)

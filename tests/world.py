@@ -27,11 +27,6 @@ from research.packing import prompts_of
 
 # text, and numbers in a token of their own
 SEGMENT = "{title} all{item_percent} near{vote_number+item_count_number}:"
-EMPTY_RETRIEVED = {
-    "neighbours": pl.List(pl.Int64),
-    "similarities": pl.List(pl.Float32),
-    "answers": pl.List(pl.Int8),
-}
 
 
 class Letters:
@@ -87,10 +82,6 @@ def whole_prompts(streams: Streams) -> dict[int, str]:
 def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
     """A retrieved features table without any earlier row."""
     n = len(rows)
-    lists = {
-        name: pl.Series(name, [[]] * n, dtype=kind)
-        for name, kind in EMPTY_RETRIEVED.items()
-    }
     counts = {
         c: pl.Series(c, [0] * n, dtype=pl.Int32)
         for c in ("neighbour_count", "item_count", "user_count")
@@ -99,7 +90,7 @@ def no_retrieved(rows: pl.DataFrame) -> pl.DataFrame:
         c: pl.Series(c, [None] * n, dtype=pl.Float32)
         for c in ("vote", "item_rate", "user_rate")
     }
-    return pl.DataFrame({"row_id": rows["row_id"], **lists, **counts, **rates})
+    return pl.DataFrame({"row_id": rows["row_id"], **counts, **rates})
 
 
 def streams_without_retrieved(

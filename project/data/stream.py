@@ -194,8 +194,7 @@ def build_streams(
     if "known_at" in joined.columns:
         joined = until_known(joined)
     target = ((joined["split"] == split) & (joined["role"] == "target")).to_numpy()
-    features = retrieved.drop("neighbours", strict=False)  # long lists that no prompt shows
-    return streams_of(joined, target, answered(joined).to_numpy(), encoder, features)
+    return streams_of(joined, target, answered(joined).to_numpy(), encoder, retrieved)
 
 
 def streams_of(

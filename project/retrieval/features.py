@@ -1,13 +1,14 @@
 """Makes the retrieved features table: neighbours' answers, rates and similarities, from strictly earlier rows.
 
-Columns: row_id; neighbours (row ids of the neighbours' own interactions with the candidate), similarities, answers
-(lists, most similar first); vote (mean answer, null without neighbours); neighbour_count; item_rate and item_count,
-user_rate and user_count (liked share and number of strictly earlier readable rows; a rate of nothing is null). With the
-retriever's item_neighbours: item_similarity, the user's own answers on the earlier items most similar to the candidate,
-averaged by similarity (null without any), and item_similarity_weight, the sum of these similarities. With its
-similar_every: similar_after, item codes that similar users liked, or null; it alone is dated just *after* the row's
-second and may hold the row's own answer, so it is for the prompts of later rows (`past.SimilarLikes`). text and
-text_weight (`own_text`). With a factorisation: mf and, of a log with ratings, mf_rating, null before its first block.
+Columns: row_id; of the neighbours' own interactions with the candidate vote (mean answer) and neighbour_count,
+weighted_vote and vote_weight (the same by similarity, one below 0 counts as 0) and similarity (their mean);
+item_rate and item_count, user_rate and user_count (liked share and number of strictly earlier readable rows). A mean of
+nothing is null. With the retriever's item_neighbours: item_similarity, the user's own answers on the earlier items most
+similar to the candidate, averaged by similarity (null without any), and item_similarity_weight, the sum of these
+similarities. With its similar_every: similar_after, item codes that similar users liked, or null; it alone is dated
+just *after* the row's second and may hold the row's own answer, so it is for the prompts of later rows
+(`past.SimilarLikes`). text and text_weight (`own_text`). With a factorisation: mf and, of a log with ratings,
+mf_rating, null before its first block.
 
 A row of split S reads rows of splits up to S, so there is a table per split. Where no row has a later split's row in
 its past (a split by time), the three coincide and are computed once.

@@ -290,15 +290,22 @@ class Answers:
         count: F64 = np.array([row.size for row in self._row], np.float64)  # (n,)
         # the answer that each pair belongs to
         of_row = np.repeat(np.arange(count.size), count.astype(np.int64))  # (pairs,)
-        answer = self._rows.label[np.concatenate([NOTHING, *self._row])].astype(np.float64)
-        similarity = np.concatenate([NOTHING, *self._similarity]).astype(np.float64)
+        answer = self._rows.label[np.concatenate([NOTHING, *self._row])]  # (pairs,)
+        similarity = np.concatenate([NOTHING, *self._similarity])  # (pairs,)
+        positive = np.maximum(similarity, 0.0)  # what a vote counts
+
+        def summed(of_pair: NDArray[Any]) -> F64:
+            return np.bincount(of_row, of_pair, count.size).astype(np.float64)
+
+        weight = as_stored(summed(positive))  # (n,)
         # (n, 4) likes and rows of the item, likes and rows of the user
         rates = np.array(self._rates, np.float64).reshape(-1, 4)
         columns = {
-            "vote": share(
-                np.bincount(of_row, answer, count.size).astype(np.float64), count
-            ),
+            "vote": share(summed(answer), count),
             "neighbour_count": count,
+            "weighted_vote": share(summed(positive * answer), weight),
+            "vote_weight": weight,
+            "similarity": share(summed(similarity), count),
             "item_rate": share(rates[:, 0], rates[:, 1]),
             "item_count": rates[:, 1],
             "user_rate": share(rates[:, 2], rates[:, 3]),
@@ -311,7 +318,7 @@ class Answers:
                 "item_similarity": share(likes, weight),
                 "item_similarity_weight": weight,
             }
-        return Retrieved(columns, of_row, similarity, answer)
+        return Retrieved(columns)
 
     def table(self) -> pl.DataFrame:
         """Retrieved features of all answers."""
@@ -321,31 +328,14 @@ class Answers:
     def _close(self) -> None:
         """Make a table of the block, and begin the next."""
         found = self.retrieved()
-        row_id = self._rows.row_id
-        count = np.bincount(found.of_row, minlength=len(found))
-        table = pl.DataFrame(
-            {"row_id": row_id[np.array(self._query, np.int64)], "count": count}
+        kinds: dict[Any, Any] = {
+            name: pl.Int32 if name.endswith("_count") else pl.Float32
+            for name in found.columns
+        }
+        row_id = self._rows.row_id[np.array(self._query, np.int64)]
+        self._closed.append(
+            found.table().cast(kinds).insert_column(0, pl.Series("row_id", row_id))
         )
-        # 1. lists of neighbours: padded to a matrix, then cut
-        kind: Any
-        used = np.arange(self._retriever.neighbours) < count[:, None]  # (n, neighbours)
-        for name, values, kind in (
-            ("neighbours", row_id[np.concatenate([NOTHING, *self._row])], pl.Int64),
-            ("similarities", found.similarity, pl.Float32),
-            ("answers", found.answer, pl.Int8),
-        ):
-            padded = np.zeros(used.shape, values.dtype)
-            padded[used] = values
-            lists = pl.Series(name, padded).arr.to_list()
-            # the type again, because older polars forgets it where there are no rows
-            table = table.with_columns(lists).with_columns(
-                pl.col(name).list.head(pl.col("count")).cast(pl.List(kind))
-            )
-        # 2. numbers
-        for name, values in found.columns.items():
-            kind = pl.Int32 if name.endswith("_count") else pl.Float32
-            table = table.with_columns(pl.Series(name, values, nan_to_null=True).cast(kind))
-        self._closed.append(table.drop("count"))
         self._begin()
 
 

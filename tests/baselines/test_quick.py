@@ -29,7 +29,6 @@ from project.metrics import auc, head_metrics
 RATES = ["item_rate", "user_rate", "neighbour_vote"]
 NAMES = [*RATES, "lr_rates", "lr_features", "gbdt_features", "lr_text", "gbdt_text"]
 SIZES = {"train": 600, "valid": 200, "test": 200}
-NO_LISTS = {"similarities": pl.List(pl.Float32), "answers": pl.List(pl.Int8)}
 World = tuple[pl.DataFrame, dict[str, pl.DataFrame]]
 
 
@@ -64,17 +63,20 @@ def world(neighbours: bool = True) -> World:
     table = pl.DataFrame(
         {
             "row_id": np.arange(n),
-            "similarities": [rng.random(len(a)).tolist() for a in answers],
-            "answers": [list(map(int, a)) for a in answers],
             "vote": vote,
+            "weighted_vote": vote,
+            "vote_weight": [0.5 * len(a) for a in answers],
             "neighbour_count": [len(a) for a in answers],
             "item_rate": known[0],
             "item_count": counts[0],
             "user_rate": known[1],
             "user_count": counts[1],
         },
-        schema_overrides=NO_LISTS,
-    ).with_columns(pl.col("vote", "item_rate", "user_rate").fill_nan(None).cast(pl.Float32))
+    ).with_columns(
+        pl.col("vote", "weighted_vote", "item_rate", "user_rate")
+        .fill_nan(None)
+        .cast(pl.Float32)
+    )
     ends = dict(zip(SIZES, np.cumsum(list(SIZES.values())), strict=True))
     return rows, {name: table.head(int(end)) for name, end in ends.items()}
 
@@ -180,17 +182,12 @@ def test_each_split_reads_its_own_features(fitted: Any) -> None:
 
 
 def test_similarity_weighs_votes() -> None:
-    """A liker of similarity 1 against a disliker of 0 beats the reverse; below 0 counts as 0."""
-    pairs = {"similarities": [[1.0, 0.0], [0.0, 1.0], [1.0, -0.5]], "answers": [[1, 0]] * 3}
-    table = (
-        world()[1]["train"]
-        .head(3)
-        .drop(*pairs)
-        .hstack(pl.DataFrame(pairs, schema=NO_LISTS))
-    )
+    """A liker of similarity 1 against a disliker of 0, and the reverse."""
+    table = world()[1]["train"].head(2)
+    table = table.with_columns(weighted_vote=pl.Series([1.0, 0.0]), vote_weight=1.0)
     found = feature_matrix(table, 0.5)[:, FEATURES.index("weighted_vote_log_odds")]
     high = np.log(3.5 / 2.5)  # (1 + 5 * .5) / (0 + 5 * .5)
-    np.testing.assert_allclose(found, [high, -high, high])
+    np.testing.assert_allclose(found, [high, -high])
 
 
 def test_what_cannot_be_fitted_is_refused(fitted: Any) -> None:

@@ -55,8 +55,8 @@ RETRIEVED = pl.DataFrame(
         "user_count": [2, 0],
         "vote": [0.25, None],
         "neighbour_count": [4, 0],
-        "answers": [[1, 0, 0, 0], []],
-        "similarities": [[0.5, 0.5, 0.5, 0.5], []],
+        "weighted_vote": [0.25, None],
+        "vote_weight": [2.0, 0.0],
     }
 )
 
@@ -327,10 +327,8 @@ def retrieved(n: int = 2) -> pl.DataFrame:
     lists = {
         "neighbour_count": list(map(len, answers)),
         "vote": [sum(a) / len(a) if a else None for a in answers],
-        "answers": pl.Series(answers, dtype=pl.List(pl.Int8)),
-        "similarities": pl.Series(
-            [rng.random(len(a)).tolist() for a in answers], dtype=pl.List(pl.Float32)
-        ),
+        "weighted_vote": [sum(a) / len(a) if a else None for a in answers],
+        "vote_weight": [0.5 * len(a) for a in answers],
     }
     known = pl.when(pl.col("row_id") < n - 1)
     table = pl.DataFrame({"row_id": np.arange(n), **rates, **counts, **lists})

@@ -389,14 +389,9 @@ def test_log_odds_of_mf_and_of_item_similarity() -> None:
             "user_rate": [0.5] * 2,
         }
         | {"user_count": [2] * 2, "vote": [None] * 2, "neighbour_count": [0] * 2}
-        | {"similarities": [[], []], "answers": [[], []]}
         | {"mf": [0.8, None], "mf_rating": [0.8, None]}
         | {"item_similarity": [0.75, None], "item_similarity_weight": [4.0, 0.0]},
-        schema_overrides={
-            "vote": pl.Float32,
-            "similarities": pl.List(pl.Float32),
-            "answers": pl.List(pl.Int8),
-        },
+        schema_overrides={"vote": pl.Float32},
     )
     names = ("mf_log_odds", "mf_rating_log_odds", "item_similarity_log_odds")
     at = [FEATURES.index(name) for name in names]

@@ -62,8 +62,6 @@ def same(found: Retrieved, expected: pl.DataFrame) -> None:
     for name, values in table.columns.items():
         atol = 1e-6 if name in SUMMED else 0
         np.testing.assert_allclose(found.columns[name], values, rtol=0, atol=atol)
-    for name in ("of_row", "similarity", "answer"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(table, name))
 
 
 def replay(
@@ -219,7 +217,6 @@ def test_removed_rows_are_as_if_never_observed(
             expected = other.retrieved(user, items, time=END)
             for name, values in found.columns.items():
                 np.testing.assert_allclose(values, expected.columns[name], atol=1e-6)
-            np.testing.assert_array_equal(found.answer, expected.answer)
         assert [made.counts(i) for i in items] == [other.counts(i) for i in items]
 
 

@@ -149,14 +149,13 @@ def test_an_edited_retriever_answers_again(written: Write, tmp_path: Path) -> No
     rows = make_log(0)
     split = make_split(rows, np.zeros(rows.height, int))
 
-    def neighbours(which: str) -> list[list[int]]:
+    def votes(which: str) -> list[float | None]:
         tables = RetrievedFeatures(split, written(which)(), 3, tmp_path / "cache").tables()
-        found: list[list[int]] = tables["train"]["neighbours"].to_list()
-        return found
+        return tables["train"]["vote"].to_list()
 
-    first, latest = neighbours(""), neighbours("[::-1]")
+    first, latest = votes(""), votes("[::-1]")
     assert first != latest
-    assert neighbours("") == first
+    assert votes("") == first
     assert len(list((tmp_path / "cache" / "retrieved").iterdir())) == 2
 
 

@@ -145,8 +145,8 @@ def test_item_knn_equals_scikit_learn() -> None:
 def test_keys_of_our_own_retrievers_stay() -> None:
     """No source in them; the keys are pinned, because another key makes every cache anew."""
     assert "source" not in LightGCN().settings()
-    assert content_key(LightGCN().settings()) == "8547269bc80396ca"
-    assert content_key(NoRetriever().settings()) == "aad8095932071cee"
+    assert content_key(LightGCN().settings()) == "bd2dc81495707ca2"
+    assert content_key(NoRetriever().settings()) == "ab0950c5f407967f"
 
 
 @pytest.mark.parametrize(

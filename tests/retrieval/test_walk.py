@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from example_logs import make_log, numbered
+from example_logs import listed, make_log, numbered
 
 from project.arrays import F32
 from project.retrieval import NoRetriever, VectorRetriever
 from project.retrieval.base import Edges, Neighbours, Raters, Retriever, top
 from project.retrieval.past import WalkRows, queries_by_user
-from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots, walk
+from project.retrieval.walk import Snapshots, block_cuts, fit_snapshots
 
 
 class UnitItems(VectorRetriever):
@@ -43,7 +43,7 @@ def table(rows: list[tuple[float, int, int, int]]) -> pl.DataFrame:
 
 def answer(rows: pl.DataFrame, retriever: Retriever) -> pl.DataFrame:
     """Retrieved features without a cut."""
-    return walk(
+    return listed(
         WalkRows.from_log(rows),
         retriever,
         pl.DataFrame({"item": range(20)}),
@@ -68,13 +68,16 @@ def test_golden() -> None:
     rows, retriever, cuts = table(GOLDEN), UnitItems(), np.array([10.0])
     items = pl.DataFrame({"item": [0, 1]})
     fitted = fit_snapshots(rows, retriever, 4, items, cuts).fitted
-    found = walk(WalkRows.from_log(rows), retriever, items, cuts, fitted).to_dicts()
+    found = listed(WalkRows.from_log(rows), retriever, items, cuts, fitted).to_dicts()
     # block 0 has no snapshot: item 0 was liked by 1 of 2, user 0 is new
     neighbours: dict[str, Any] = {
         "neighbours": [],
         "similarities": [],
         "answers": [],
         "vote": None,
+        "weighted_vote": None,
+        "vote_weight": 0,
+        "similarity": None,
     }
     rates = {"item_rate": 0.5, "item_count": 2, "user_rate": None, "user_count": 0}
     assert found[4] == {"row_id": 4, "neighbour_count": 0} | neighbours | rates
@@ -85,6 +88,9 @@ def test_golden() -> None:
     assert (row["neighbours"], row["answers"]) == ([2, 3], [1, 0])
     assert row["similarities"] == pytest.approx([third, -third], abs=1e-6)
     assert (row["vote"], row["neighbour_count"]) == (0.5, 2)
+    # a similarity below 0 counts as 0 in the vote, and as it is in the mean
+    weighted = (row["weighted_vote"], row["vote_weight"], row["similarity"])
+    assert weighted == pytest.approx((1, third, 0), abs=1e-6)
     assert (row["item_rate"], row["item_count"], row["user_rate"], row["user_count"]) == (
         0.5,
         2,
@@ -115,15 +121,18 @@ def test_types_are_the_schema_also_without_rows() -> None:
     for rows in (table(GOLDEN), table(GOLDEN).clear()):
         assert dict(answer(rows, NoRetriever()).schema) == {
             "row_id": pl.Int64,
-            "neighbours": pl.List(pl.Int64),
-            "similarities": pl.List(pl.Float32),
-            "answers": pl.List(pl.Int8),
             "vote": pl.Float32,
             "neighbour_count": pl.Int32,
+            "weighted_vote": pl.Float32,
+            "vote_weight": pl.Float32,
+            "similarity": pl.Float32,
             "item_rate": pl.Float32,
             "item_count": pl.Int32,
             "user_rate": pl.Float32,
             "user_count": pl.Int32,
+            "neighbours": pl.List(pl.Int64),
+            "similarities": pl.List(pl.Float32),
+            "answers": pl.List(pl.Int8),
         }
 
 
@@ -181,7 +190,7 @@ def test_rows_that_are_no_query_are_not_answered_but_count() -> None:
     rows = make_log(0)
     log = WalkRows.from_log(rows)
     query = np.random.default_rng(0).random(rows.height) < 0.1
-    some = walk(
+    some = listed(
         WalkRows(**{**vars(log), "query": query}), AllRaters(), rows, np.empty(0), []
     )
     assert some.equals(answer(rows, AllRaters()).filter(pl.Series(query)))
