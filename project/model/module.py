@@ -437,6 +437,12 @@ class ExitRecommender(L.LightningModule):
         """
         check_origin(checkpoint, self.exit_layers, self.backbone_name)
         self.know_exit_0(checkpoint)
+        exit_0 = checkpoint["state_dict"].get("exit_0", self.exit_0)
+        if len(exit_0) != len(self.exit_0):
+            raise CheckpointError(
+                "the checkpoint is of another version, whose exit 0 reads other features. Train again, or use that "
+                "version."
+            )
         self.trained_until = checkpoint.get("trained_until", inf)
         # frozen weights are the base model's, everything else must be there
         found = set(checkpoint["state_dict"])

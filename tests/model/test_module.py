@@ -255,6 +255,9 @@ def test_a_weight_that_the_model_has_not_is_an_error(make: Make, tmp_path: Path)
     checkpoint["state_dict"]["heads.1.unknown"] = torch.ones(1)
     with pytest.raises(CheckpointError, match=r"heads\.1\.unknown"):
         make().on_load_checkpoint(checkpoint)
+    checkpoint["state_dict"]["exit_0"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"another version, whose exit 0"):
+        make().on_load_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(
