@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from project.arrays import F64, I64
 from project.errors import ConfigError
@@ -146,13 +147,12 @@ class MatrixFactorisation:
     def _fit(self, edges: Edges, num_items: int, rating: F64) -> Snapshot:
         """`known` (items + 1,): logit without the user; `vectors` (items + 1, 1 + dim): each with a 1 before it.
 
-        `ratings` (k,) ascend and have `places` (k,) among all earlier ones; there are none where labels say as much.
+        With them goes the scale by which rows became answers, see `scale_of`.
         """
         known = np.zeros(num_items + 1)
         vectors = np.zeros((num_items + 1, 1 + self.dim))
         vectors[:, 0] = 1.0
-        ratings, places = places_of(rating)
-        scale = {"ratings": ratings, "places": places}
+        scale = scale_of(edges.label, rating)
         answer = answers(edges.label, rating, scale)
         # one class only: the log-odds of (likes + 1/2) / (rows + 1)
         if np.unique(answer).size < 2:
@@ -223,19 +223,26 @@ class MatrixFactorisation:
         return users
 
 
-def places_of(rating: F64) -> tuple[F64, F64]:
-    """Distinct ratings, ascending, and the share of all that is below each, with half of its equals; (k,) each.
+def scale_of(label: I64, rating: F64) -> Snapshot:
+    """How rows become answers: distinct `ratings` (k,), ascending, with their `places` (k,); `of_label` (2,) for NaN.
 
-    NaN stands for none.
+    A rating's place is the share of all that is below it, and half of its equals. A label without a rating is the mean
+    place of the ratings that have this label; where there are none it is itself.
     """
-    given = rating[np.isfinite(rating)]
-    ratings, count = np.unique(given, return_counts=True)
-    return ratings, (np.cumsum(count) - count / 2) / max(given.size, 1)
+    given = np.isfinite(rating)
+    ratings, count = np.unique(rating[given], return_counts=True)
+    places = (np.cumsum(count) - count / 2) / max(count.sum(), 1)
+    of_label = np.array([0.0, 1.0])
+    for answer in (0, 1):
+        rated = rating[given & (label == answer)]
+        if rated.size:
+            of_label[answer] = np.interp(rated, ratings, places).mean()
+    return {"ratings": ratings, "places": places, "of_label": of_label}
 
 
-def answers(label: ArrayLike, rating: F64, scale: Snapshot) -> F64:
-    """(n,) places of ratings among those of a scale (`places_of`), in between by a line; labels where there is none."""
-    found = np.array(label, np.float64)
+def answers(label: NDArray[np.integer[Any]], rating: F64, scale: Snapshot) -> F64:
+    """(n,) answers from 0 to 1 by a scale of `scale_of`; a rating that it lacks is between its neighbours'."""
+    found: F64 = scale["of_label"][label]
     if scale["ratings"].size:
         place = np.interp(rating, scale["ratings"], scale["places"])
         found = np.where(np.isfinite(rating), place, found)

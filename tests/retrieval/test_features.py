@@ -32,7 +32,7 @@ from project.retrieval import (
     Retriever,
 )
 from project.retrieval.base import Edges, Neighbours, Raters, Snapshot
-from project.retrieval.factorisation import Factorisation, answers, places_of
+from project.retrieval.factorisation import Factorisation, answers, scale_of
 from project.retrieval.features import reads_all_earlier
 from project.retrieval.past import WalkRows
 from project.retrieval.walk import block_cuts, fit_snapshots, walk
@@ -290,7 +290,8 @@ def chances_of(
 def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
     """Row by row equal to scipy's minimum of log loss plus penalty over just the strictly earlier own rows.
 
-    The answer is the rating's place among ratings before the block: the share below, and half of its equals.
+    The answer is the rating's place among ratings before the block: the share below, and half of its equals; of a label
+    alone the mean of such places.
     """
     rows = make_log(3)
     user, item, time, label = columns(rows)
@@ -303,18 +304,19 @@ def test_mf_is_the_penalised_optimum_over_the_users_earlier_rows() -> None:
         past = (user == user[row]) & (time < time[row])
         x = fitted["vectors"][item[past]]
         known = fitted["known"][item[past]]
-        before = rating[(time < snapshots.cuts[block]) & ~np.isnan(rating)]
-        answer = np.array(
-            [
-                y if np.isnan(r) else np.mean(before < r) + np.mean(before == r) / 2
-                for y, r in zip(label[past], rating[past], strict=True)
-            ]
-        )
+        rated = (time < snapshots.cuts[block]) & ~np.isnan(rating)
+        before = rating[rated]
+        place = {r: np.mean(before < r) + np.mean(before == r) / 2 for r in range(1, 6)}
+        of_label = [
+            np.mean([place[r] for r in rating[rated & (label == y)]]) for y in (0, 1)
+        ]
+        own = zip(label[past], rating[past], strict=True)
+        answer = np.array([of_label[y] if np.isnan(r) else place[r] for y, r in own])
 
         def loss(v: np.ndarray, x=x, known=known, answer=answer) -> float:
             logit = known + x @ v
             lost = np.logaddexp(0, logit).sum() - answer @ logit
-            return float(lost + 0.5 * penalty @ v**2)
+            return lost + 0.5 * penalty @ v**2
 
         best = minimize(loss, np.zeros(3), tol=1e-10).x
         logit = fitted["known"][item[row]] + fitted["vectors"][item[row]] @ best
@@ -334,12 +336,17 @@ def test_an_answer_moves_no_mf_of_its_own_second_or_before(row: int) -> None:
     assert time[changed].min() > time[row]
 
 
-def test_places_of_ratings() -> None:
-    """Of 1, 2, 2, 5: 2 has 1/4 below it and 2/4 beside it, so .5; 3.5 is half way to 5."""
-    ratings, places = places_of(np.array([5.0, 2, np.nan, 1, 2]))
-    rating = np.array([1.0, 2, 3.5, 5, np.nan])
-    found = answers(np.ones(5), rating, {"ratings": ratings, "places": places})
-    np.testing.assert_allclose(found, [0.125, 0.5, 0.6875, 0.875, 1])
+def test_answers_of_ratings() -> None:
+    """Of 1, 2, 2, 5: 2 has 1/4 below it and 2/4 beside it, so .5; 3.5 is half way to 5.
+
+    Likes are 5 and 2, so one without a rating is (.875 + .5) / 2.
+    """
+    label, rating = np.array([1, 1, 1, 0, 0]), np.array([5.0, 2, np.nan, 1, 2])
+    asked = np.array([1.0, 2, 3.5, 5, np.nan])
+    scale = scale_of(label, rating)
+    np.testing.assert_allclose(
+        answers(np.ones(5, int), asked, scale), [0.125, 0.5, 0.6875, 0.875, 0.6875]
+    )
 
 
 def test_mf_of_one_kind_of_answer() -> None:
