@@ -79,10 +79,9 @@ def replay(
                 del found.columns[name]
             same(found, table.filter(pl.col("row_id") == row["row_id"]))
             answered += 1
-        for row in group.iter_rows(named=True):
-            event = (row["user"], row["item"], row["label"], row["timestamp"])
-            rating = row["rating"]
-            made.observe(*event, np.nan if rating is None else rating)
+        events = group.select("user", "item", "label", "timestamp", "rating")
+        for event in events.fill_null(np.nan).iter_rows():
+            made.observe(*event)
     return answered
 
 
