@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 from fastapi.testclient import TestClient
+from polars.testing import assert_frame_equal
 from world import given
 
 from project.api import open_run, recommend
@@ -131,7 +132,9 @@ def test_predict_recommends_as_the_server_does(
         assert own["source"].to_list() == [found.sources[k] for k in found.listed]
     assert table["user_id"].n_unique() == 30
     listed = recommend(open_run(served_run), ["u3", "u1"], top_n=3)
-    assert listed.equals(pl.concat(table.filter(user_id=user) for user in ("u3", "u1")))
+    both = pl.concat(table.filter(user_id=user) for user in ("u3", "u1"))
+    # other users beside them move the last bits of a probability
+    assert_frame_equal(listed, both, rel_tol=0, abs_tol=1e-6)
 
 
 def test_the_study(
