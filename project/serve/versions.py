@@ -151,9 +151,8 @@ class Versions:
     ) -> None:
         """Count how far both answers are apart, and await events of their pairs."""
         other = await shadow
-        names = found.run, other.run if other else ""
         # after a promotion both are of one run
-        if other is None or found.error or names[0] == names[1]:
+        if other is None or found.error or found.run == other.run:
             return
         # 1. lists, and probabilities of what both scored
         lists = list[set[str]]()
@@ -171,6 +170,7 @@ class Versions:
             apart = [abs(one - two) for one, two in both.values()]
             self._difference.observe(sum(apart) / len(apart))
         # 3. pairs, of the same two runs alone
+        names = found.run, other.run
         if self._names != names:
             self._names = names
             self._pairs.clear()
