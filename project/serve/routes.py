@@ -20,7 +20,6 @@ from fastapi import (
     Body,
     Depends,
     FastAPI,
-    HTTPException,
     Query,
     Request,
     Response,
@@ -40,7 +39,7 @@ from prometheus_client import (
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.data.context import CONTEXT, USER, brought
@@ -100,9 +99,8 @@ class Metrics:
 
     def count(self, found: Scored) -> None:
         """A response."""
-        layers = found.exit_layers.tolist()
-        for layer in set(layers):
-            self.exits.labels(layer).inc(layers.count(layer))
+        for layer, candidates in found.left_at.items():
+            self.exits.labels(layer).inc(candidates)
         self.batch.observe(found.batch)
         self.cpu.inc(found.cpu_seconds)
         self.busy.inc(found.busy_seconds)
@@ -152,11 +150,10 @@ class Observed:
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": status,
+                "ms": round(1000 * seconds, 2),
             }
             level = logging.DEBUG if route in PROBES else logging.INFO
-            logger.log(
-                level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}}
-            )
+            logger.log(level, "request", extra={"fields": about})
 
 
 # What comes before a body is read, and errors
@@ -224,12 +221,8 @@ def error_response(found: Exception) -> JSONResponse:
     """Every error has one form, and does not repeat what was sent."""
     status, text, headers = 422, str(found), None
     match found:
-        case AnyHTTPException():
-            status, text, headers = (
-                found.status_code,
-                str(found.detail),
-                dict(found.headers or {}),
-            )
+        case HTTPException():
+            status, text, headers = found.status_code, found.detail, found.headers
             if status == 400 and "parsing the body" in text:
                 text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
         case RequestValidationError():
@@ -363,7 +356,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     app.state.desk = desk
     app.include_router(router)
     app.include_router(public)
-    for kind in (AnyHTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
+    for kind in (HTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
         app.add_exception_handler(kind, lambda _, found: error_response(found))
     app.add_middleware(Guard, settings=desk.settings)
     app.add_middleware(Observed, metrics=desk.metrics)  # the outermost
@@ -396,7 +389,7 @@ async def rank(
             error = RequestValidationError(
                 [e | {"loc": ("body", *e["loc"])} for e in found.errors()]
             )
-        except (AnyHTTPException, ProjectError) as found:
+        except (HTTPException, ProjectError) as found:
             error = found
         return Error.model_validate_json(bytes(error_response(error).body))
 
@@ -478,8 +471,7 @@ async def items(
 ) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     await desk.check_columns(body)
-    columns = [item.model_dump(exclude={"context"}, exclude_none=True) for item in body]
-    await desk.keep([], columns)
+    await desk.keep([], shapes.new_items(body))
     return {"items": len(body)}
 
 
@@ -489,8 +481,7 @@ async def users(
 ) -> dict[str, int]:
     """Make attributes of users known, in place of all that were put before, and of those that the log has."""
     await desk.check_columns(body)
-    users = [user.model_dump() for user in body]
-    await run_in_threadpool(desk.store.put_users, users)
+    await run_in_threadpool(desk.store.put_users, [user.model_dump() for user in body])
     return {"users": len(body)}
 
 

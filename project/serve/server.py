@@ -184,9 +184,12 @@ def make_app(
 def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) -> None:
     """The command `serve`: answers until it is told to stop, then finishes what is in flight."""
     # 1. settings
-    about: dict[str, Any] = {"prog": "python -m project serve", "description": __doc__}
     parser = ArgumentParser(
-        exit_on_error=False, default_env=True, env_prefix="EXITREC", **about
+        prog="python -m project serve",
+        description=__doc__,
+        exit_on_error=False,
+        default_env=True,
+        env_prefix="EXITREC",
     )
     parser.add_class_arguments(ServeSettings)
     try:
@@ -202,12 +205,15 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
         second = replace(settings, run=settings.other)
         inferences.append(Inference(second, load, stop=lambda: None))
     app = make_app(inferences, settings, rule)
-    options: dict[str, Any] = {
-        "log_config": None,
-        "access_log": False,
-        "timeout_graceful_shutdown": LEAVING,
-    }
-    http = uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, **options))
+    options = uvicorn.Config(
+        app,
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=LEAVING,
+    )
+    http = uvicorn.Server(options)
     # 3. until a signal: uvicorn finishes what is in flight, then raises the signal again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     log_json()
