@@ -76,9 +76,10 @@ class Metrics:
         self.exits = counter(
             "exitrec_candidates", "Candidates by the exit they left at", ["exit"]
         )
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
         self.batch = histogram(
-            "exitrec_batch_requests", "Requests scored together", buckets=sizes
+            "exitrec_batch_requests",
+            "Requests scored together",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
         self.cpu = counter("exitrec_cpu_seconds", "CPU seconds of scoring")
         self.busy = counter("exitrec_busy_seconds", "Seconds of scoring")
@@ -94,8 +95,9 @@ class Metrics:
             "exitrec_drift_alarm", "1: everything runs to full depth", ["version"]
         )
         gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
-        text = "Characters of new items that wait to be embedded"
-        gauge("exitrec_new_characters", text).set_function(new_characters)
+        gauge(
+            "exitrec_new_characters", "Characters of new items that wait to be embedded"
+        ).set_function(new_characters)
 
     def count(self, found: Scored) -> None:
         """A response."""
@@ -191,8 +193,9 @@ class Guard:
         given = headers.get("authorization", "").encode("latin-1")
         right = token is None or hmac.compare_digest(given, b"Bearer " + token.encode())
         if not right and scope["path"] not in PUBLIC:
-            text = "The bearer token is missing or wrong."
-            error = HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
+            error = HTTPException(
+                401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"}
+            )
             await error_response(error)(scope, receive, send)
             return
         # 2. the length, where the client says it
@@ -230,9 +233,9 @@ def error_response(found: Exception) -> JSONResponse:
             if limits := [e["msg"] for e in errors if e["type"] == "limit"]:
                 status, text = 413, limits[0]
             else:
-                problems = [(place(e["loc"]), e["msg"]) for e in errors]
-                more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
-                text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
+                text = "; ".join(f"{place(e['loc'])}: {e['msg']}" for e in errors[:3])
+                if len(errors) > 3:
+                    text += f" ({len(errors) - 3} more)"
         case SQLAlchemyError():
             logger.error("database", extra={"fields": {"error": text}})
             status, text = (
@@ -296,8 +299,7 @@ class Desk:
 
     async def rank(self, request: RankRequest) -> Scored:
         """Score a request."""
-        ask = self.versions.ask if self.versions else self.ask
-        found: Scored = await ask(request)
+        found: Scored = await (self.versions or self).ask(request)
         if found.error:
             raise HTTPException(422, found.error)
         self.metrics.count(found)
@@ -342,12 +344,12 @@ async def desk_of(request: Request) -> Desk:
 
 
 Here = Annotated[Desk, Depends(desk_of)]
-BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 404, 409, 413, 422, 429, 503)
 }
 # for /docs: `Guard` checks the token
-router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)
+bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has a token."))
+router = APIRouter(dependencies=[bearer], responses=ERRORS)
 public = APIRouter()
 
 
@@ -415,8 +417,9 @@ async def gorse(
     user_id: shapes.Id, request: Request, desk: Here, n: Annotated[int, Query(ge=1)] = 10
 ) -> list[str]:
     """Gorse's recommendation: ids of items."""
-    asked = RecommendRequest(user_id, None, top_n=n, request_id=request.state.id)
-    found = await desk.rank(asked)
+    found = await desk.rank(
+        RecommendRequest(user_id, None, top_n=n, request_id=request.state.id)
+    )
     return [found.item_ids[place] for place in found.listed]
 
 
@@ -461,8 +464,8 @@ async def events(body: shapes.Listed[shapes.EventBody], desk: Here) -> dict[str,
 @router.put("/api/feedback")
 async def feedback(body: shapes.Listed[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
-    given = desk.settings.gorse_positive, desk.settings.gorse_read
-    return {"RowAffected": (await desk.keep([row.event(*given) for row in body], [])).new}
+    events = [row.event(desk.settings) for row in body]
+    return {"RowAffected": (await desk.keep(events, [])).new}
 
 
 @router.put("/v1/items")

@@ -464,9 +464,11 @@ def cohere_response(body: CohereBody, found: Scored) -> CohereResponse:
         )
         for k in found.best_first(body.top_n)
     ]
-    usage = Usage.model_validate(found)
     return CohereResponse(
-        id=found.request_id, model=found.run, results=results, usage=usage
+        id=found.request_id,
+        model=found.run,
+        results=results,
+        usage=Usage.model_validate(found),
     )
 
 
@@ -522,12 +524,11 @@ class GorseFeedback(BaseModel):
     Value: Finite | None = None
     Timestamp: AwareDatetime | Literal[""] | None = None
 
-    def event(self, positive: str, read: str) -> EventBody:
-        """The same as ours; type, user, item and time name it, as in Gorse.
-
-        `positive` and `read` are Gorse's positive_feedback_types and read_feedback_types, such as "star, read>=3".
-        """
+    def event(self, settings: ServeSettings) -> EventBody:
+        """The same as ours; type, user, item and time name it, as in Gorse."""
         # 1. yes or no
+        positive = settings.gorse_positive
+        read = settings.gorse_read
         likes = self._is_one_of(positive)
         if not likes and self.FeedbackType not in re.findall(r"[^\s,<>=]+", read):
             raise DataError(

@@ -78,32 +78,37 @@ def _table(name: str, *columns: sa.Column[Any]) -> sa.Table:
     return sa.Table(name, TABLES, seq, *columns)
 
 
+def _text(name: str, **more: Any) -> sa.Column[str]:
+    """A column of text that no row lacks."""
+    return sa.Column(name, sa.Text, nullable=False, **more)
+
+
 EVENTS = _table(
     "events",
-    sa.Column("event_id", sa.Text, unique=True, nullable=False),
+    _text("event_id", unique=True),
     # a correction looks for the user's rows
-    sa.Column("user_id", sa.Text, index=True, nullable=False),
-    sa.Column("item_id", sa.Text, nullable=False),
+    _text("user_id", index=True),
+    _text("item_id"),
     sa.Column("label", sa.SmallInteger, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
-    sa.Column("context", sa.Text, nullable=False),
+    _text("context"),
     sa.Column("rating", sa.Double),
 )
 ITEMS = _table(
     "items",
-    sa.Column("digest", sa.Text, unique=True, nullable=False),
-    sa.Column("columns", sa.Text, nullable=False),
+    _text("digest", unique=True),
+    _text("columns"),
 )
 USERS = _table(
     "users",
-    sa.Column("user_id", sa.Text, index=True, nullable=False),
-    sa.Column("columns", sa.Text, nullable=False),
+    _text("user_id", index=True),
+    _text("columns"),
 )
 DELETED = _table(
     "deleted",
     # of the event that was deleted; 0: rows of the log, too
     sa.Column("event_seq", sa.BigInteger, nullable=False),
-    sa.Column("user_id", sa.Text, nullable=False),
+    _text("user_id"),
     sa.Column("timestamp", sa.Double, nullable=False),
     sa.Column("item_id", sa.Text),
     sa.Column("label", sa.SmallInteger),

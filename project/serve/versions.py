@@ -78,20 +78,32 @@ class Versions:
         self._pairs = dict[tuple[str, str], tuple[float, float]]()
         # probabilities of both, label
         self._later = deque[tuple[float, float, int]](maxlen=LATER)
-        text = "From the question to a version's answer"
-        labels = ["model", "asked"]
         self._seconds = Histogram(
-            "exitrec_version_seconds", text, labels, registry=registry
+            "exitrec_version_seconds",
+            "From the question to a version's answer",
+            ["model", "asked"],
+            registry=registry,
         )
-        text = "Requests that --other did not answer"
-        self._missed = Counter("exitrec_other_missed", text, ["reason"], registry=registry)
-        text = "Share of --run's list that is in the other"
-        self._overlap = Summary("exitrec_shadow_overlap", text, registry=registry)
-        text = "Mean absolute difference of a request's probabilities"
-        self._difference = Summary("exitrec_shadow_difference", text, registry=registry)
+        self._missed = Counter(
+            "exitrec_other_missed",
+            "Requests that --other did not answer",
+            ["reason"],
+            registry=registry,
+        )
+        self._overlap = Summary(
+            "exitrec_shadow_overlap",
+            "Share of --run's list that is in the other",
+            registry=registry,
+        )
+        self._difference = Summary(
+            "exitrec_shadow_difference",
+            "Mean absolute difference of a request's probabilities",
+            registry=registry,
+        )
         gauge = partial(Gauge, registry=registry)
-        text = "AUC of both on the same later events"
-        self._auc = gauge("exitrec_later_auc", text, ["model"])
+        self._auc = gauge(
+            "exitrec_later_auc", "AUC of both on the same later events", ["model"]
+        )
         later = gauge("exitrec_later_events", "Events that this AUC is of")
         later.set_function(lambda: len(self._later))
         ready = gauge("exitrec_other_ready", "1: --other is loaded")
