@@ -241,14 +241,16 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
     config = read_config(run)
     data = config["data"] | {"requests": None, "bundle": None}
     data |= {key: named(data[key]) for key in ("logs", "retriever") if key in data}
-    model = {"backbone": named(bundle["base_model"]), "exit_layers": bundle["exit_layers"]}
-    model["history_layers"] = config["model"].get("history_layers")
     kept = {
         "seed_everything": config.get("seed_everything", 0),
-        "model": model,
+        "model": {
+            "backbone": named(bundle["base_model"]),
+            "exit_layers": bundle["exit_layers"],
+            "history_layers": config["model"].get("history_layers"),
+        },
         "data": data,
+        "trainer": {"precision": config.get("trainer", {}).get("precision")},
     }
-    kept["trainer"] = {"precision": config.get("trainer", {}).get("precision")}
     if "exits" in config:  # names the criterion's class
         kept["exits"] = config["exits"]
     return str(yaml.safe_dump(kept, sort_keys=False))

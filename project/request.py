@@ -130,14 +130,10 @@ class RankRequest:
         Rows without a time stand just before `now`, in the order of the list.
         """
         rows = self.history or ()
-        seconds = [
-            now - (len(rows) - k) * STEP if r.time is None else r.time
-            for k, r in enumerate(rows)
-        ]
-        dated = zip(rows, seconds, strict=True)
         found = list[tuple[str, int, float, float]]()
-        for row, second in dated:
+        for place, row in enumerate(rows, -len(rows)):
             assert row.label is not None
+            second = now + place * STEP if row.time is None else row.time
             if second < now:
                 rating = nan if row.rating is None else float(row.rating)
                 found.append((id_of(row.item), row.label, second, rating))

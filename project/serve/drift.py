@@ -108,7 +108,11 @@ class Watch:
             self.alarm = True
             LOG.warning(
                 "drift: %s by %.4f or more (confidence %g, %d audits), %.4f was expected at most; %s",
-                *(self._words[0], self.lower, 1 - DELTA, self.audits, self.null),
+                self._words[0],
+                self.lower,
+                1 - DELTA,
+                self.audits,
+                self.null,
                 self._words[1],
             )
 
@@ -172,9 +176,14 @@ class Monitor(Watch):
             layers, logits, losses = answered(self._plan, outputs)
             self.observe(float(losses.mean()))
             return replace(scored, logits=logits, exit_layers=layers, audit=full)
-        exits, logits, loss = listed(self._margins, k, outputs)
-        self.lists.observe(loss)
-        layers = np.array(outputs.layers)[exits]
+        whole = outputs.logits[:, -1]
+        one = torch.zeros(len(whole), dtype=torch.int64)
+        exits = self._margins.top_k(k).exits(one, outputs)
+        self.lists.observe(
+            1 - float(overlap_at_k(one, list_keys(outputs, exits), whole, k))
+        )
+        logits = outputs.logits.gather(1, exits[:, None]).squeeze(1).double().numpy()
+        layers = np.array(outputs.layers)[exits.numpy()]
         return replace(scored, logits=logits, exit_layers=layers, list_of=k, audit=full)
 
 
@@ -183,15 +192,6 @@ def answered(plan: ExitPlan, outputs: HeadOutputs) -> tuple[I64, F64, F64]:
     layers, logits = plan.emitted(outputs)
     answer, full = (x.double().numpy() for x in (logits, outputs.logits[:, -1]))
     return layers.numpy(), answer, np.abs(probabilities(answer) - probabilities(full))
-
-
-def listed(lists: Lists, k: int, outputs: HeadOutputs) -> tuple[I64, F64, float]:
-    """Of one request at all heads, calibrated: the heads candidates leave at, their logits, and its loss of overlap."""
-    request = torch.zeros(len(outputs.logits), dtype=torch.int64)
-    exits = lists.top_k(k).exits(request, outputs)
-    overlap = overlap_at_k(request, list_keys(outputs, exits), outputs.logits[:, -1], k)
-    logits = outputs.logits.gather(1, exits[:, None]).squeeze(1)
-    return exits.numpy(), logits.double().numpy(), 1.0 - float(overlap)
 
 
 def reference_loss(

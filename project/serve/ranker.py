@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from project.arrays import F64, I64
+from project.arrays import I64
 from project.data.download import SOURCES
 from project.data.filters import check_columns, passing, spread
 from project.data.prompt import PromptEncoder
@@ -47,7 +47,7 @@ from project.retrieval.online import in_time
 from project.retrieval.text import TextVectors, item_text
 from project.run import read_seen
 from project.serve.drift import Monitor, reference_loss
-from project.serve.store import Deleted, Event, EventStore
+from project.serve.store import Arrived, Deleted, Event, EventStore
 from project.serve.waiting import Waiting
 
 EXAMPLES = 12
@@ -164,9 +164,7 @@ class Ranker:
             self._text_vectors.of(texts)
         self._take_in(self.waiting.release(texts), embed=False)
 
-    def _take_in(
-        self, arrived: Sequence[Event | Deleted | dict[str, str]], embed: bool
-    ) -> None:
+    def _take_in(self, arrived: Sequence[Arrived], embed: bool) -> None:
         """Observe what came to the store, or have it wait."""
         # by id, not observed yet: those in a row are embedded together
         items = dict[str, Mapping[str, str]]()
@@ -242,29 +240,26 @@ class Ranker:
             features = self._index.retrieved(user, [item], None, self._items)
             time = max(event.timestamp, self._index.latest)
             values = self._rates.of_event(event.user_id, json.loads(event.context or "{}"))
-            segments = self._encoder.encode(
-                code,
-                features,
-                np.array([event.label], np.int8),
-                np.array([event.rating], np.float64),  # None is NaN
-            )
+            rating = np.array([event.rating], np.float64)  # None is NaN
+            label = np.array([event.label], np.int8)
+            segments = self._encoder.encode(code, features, label, rating)
             # 3. what later requests read
             self._history(user).add(
                 segments.tokens.values, item, event.label, time, event.timestamp
             )
-            rating = np.nan if event.rating is None else event.rating
-            self._index.observe(user, item, event.label, time, rating, self._items)
+            self._index.observe(
+                user, item, event.label, time, float(rating[0]), self._items
+            )
             self._rates.observe(values, code, event.label, self._items)
             self._finder.observe(item, event.label, event.timestamp)
 
     def _learn(self, items: Iterable[Mapping[str, Any]]) -> None:
         """Give items that are new codes, texts and vectors."""
         catalogue = self._catalogue_with(items)
-        known = self._items.height
         self._items, self._encoder = self._with(catalogue)
         self._codes |= catalogue.codes.maps[0]
-        for item_id, title in self._items[known:].select("item_id", "title").iter_rows():
-            self._titles.setdefault(title, item_id)
+        for row in catalogue.added:
+            self._titles.setdefault(row["title"], row["item_id"])
 
     def _catalogue(self) -> Catalogue:
         return Catalogue(self._items, self._codes, self._titles)
@@ -344,8 +339,8 @@ class Ranker:
                 rows = self._log[self._of_user[user] : self._of_user[user + 1]]
                 none = np.zeros(len(rows), dtype=bool)
                 streams = streams_of(rows, none, ~none, self._encoder)
-                tokens = streams.tokens.take(np.arange(len(streams.row_id)))
-                found.tokens = [tokens[k] for k in range(len(tokens))]
+                # behind these are instructions
+                found.tokens = [streams.tokens[k] for k in range(len(streams.row_id))]
                 found.times = streams.timestamp.tolist()
                 found.rows = list(rows.select("item", "label", "timestamp").iter_rows())
         return self._histories[user]
@@ -454,10 +449,8 @@ class Ranker:
         else:
             past = [(codes[id_of(r.item)], r.label or 0) for r in request.history]
         # (m,) items, but for new ones that the request brings, and labels
-        items, labels = np.array(past, np.int64).reshape(-1, 2).T
-        known = items < self._items.height
-        items = items[known]
-        labels = labels[known]
+        rows = np.array(past, np.int64).reshape(-1, 2)
+        items, labels = rows[rows[:, 0] < self._items.height].T
         # 2. what may be listed: it has room in a prompt, and passes what is asked
         allowed = self._encoder.least_lengths() <= self._data.context_tokens
         allowed &= passing(self._items, request.filter)
@@ -500,18 +493,6 @@ class Ranker:
             )
         return texts
 
-    def _with_context(
-        self,
-        found: Retrieved,
-        values: Mapping[str, F64],
-        items: I64,
-        catalogue: pl.DataFrame,
-    ) -> Retrieved:
-        """Features of candidates (n,) with their values of context, and rates of these."""
-        at = np.full(len(items), np.inf)
-        context = self._rates.of_requests(values, items, at, catalogue)
-        return replace(found, columns=found.columns | context)
-
     def _prepare(
         self,
         request: RankRequest,
@@ -527,7 +508,7 @@ class Ranker:
         if known or request.history is None:
             # 1. the history of a user: the log's rows and events; somebody unknown has none
             user = self._users.get(request.user_id or "", self._index.guest)
-            history = self._history(user) if known else History()
+            history = self._history(user)
             found = self._index.retrieved(user, candidates, None, items, now)
             longest = 0  # what the log has was checked
         else:
@@ -549,8 +530,12 @@ class Ranker:
                 history.add(tokens[k], code, y, at, at)
             found = found.rows(slice(len(past), None))
             longest = int(tokens.lengths.max(initial=0))
-        found = self._with_context(found, self._rates.values(request), candidates, items)
-        # 3. candidates, which see the history and not each other
+        # 3. candidates' values of context and rates of these; they see the history and not
+        # each other
+        latest = np.full(len(candidates), np.inf)
+        values = self._rates.values(request)
+        context = self._rates.of_requests(values, candidates, latest, items)
+        found = replace(found, columns=found.columns | context)
         segments = encoder.encode(candidates, found, np.full(len(candidates), -1, np.int8))
         instruction = encoder.instruction
         long = len(instruction) + max(longest, int(segments.tokens.lengths.max()))

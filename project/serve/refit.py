@@ -94,17 +94,18 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     )
     for what in arrived:
         if isinstance(what, Deleted):
-            gone = pl.col("timestamp") <= what.timestamp
-            if what.item_id is not None:
-                gone &= pl.col("item_id") == what.item_id
-            if what.label is not None:
-                same = pl.col("timestamp") == what.timestamp
-                gone &= same & (pl.col("label") == what.label)
-            old = old.filter(~((pl.col("user_id") == what.user_id) & gone))
+            # of label and time, where it is about one row
+            same = {
+                name: value for name, value in what._asdict().items() if value is not None
+            }
+            if what.label is None:
+                del same["timestamp"]
+            old = old.remove(pl.col("timestamp") <= what.timestamp, **same)
     columns = ["user_id", "item_id", "timestamp", "label", "rating"]
     interactions = pl.concat([old.sort("row_id").select(columns), events.select(columns)])
     interactions = interactions.unique(columns[:3], keep="last", maintain_order=True)
-    if data.protocol.label == CLICKED:
+    label = CLICKED if data.protocol.label == CLICKED else None
+    if label:
         interactions = interactions.filter(label=1).drop("label")
     # 2. items: of several versions the last; those of events that nobody described have
     # their id as title
@@ -119,25 +120,20 @@ def grown_log(run: Path, store: EventStore) -> tuple[Path, int]:
     items = items.unique("item_id", keep="last", maintain_order=True)
     # 3. files, and the run's configuration with these logs
     folder = run.parent / f"log_{last}"
-    folder.mkdir(exist_ok=True)
-    files = {
-        "interactions": folder / "interactions.parquet",
-        "items": folder / "items.parquet",
-    }
-    replace_file(files["interactions"], interactions.write_parquet)
-    replace_file(files["items"], items.write_parquet)
+    init_args = dict[str, str]()
+    for name, table in {"interactions": interactions, "items": items}.items():
+        file = replace_file(folder / f"{name}.parquet", table.write_parquet)
+        init_args[name] = str(file)
     if "trainer" not in read_config(run):
         raise ConfigError(
             f"--run {run} was exported and cannot be fitted; expected the run that it came from."
         )
     # of a refitted run, which may be warm, that of a cold fit
     config = read_yaml(Path(read_seen(run).get("config", run / "config.yaml")))
-    init_args = {name: str(file) for name, file in files.items()}
     config["data"]["logs"] = {
         "class_path": "project.data.logs.TableLogs",
         "init_args": init_args,
     }
-    label = CLICKED if data.protocol.label == CLICKED else None
     config["data"]["protocol"] |= {"label": label, "drop_ratings": []}
     config["model"]["initial"] = None  # another run's weights are no longer wanted
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": None}

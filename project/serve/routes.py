@@ -20,7 +20,6 @@ from fastapi import (
     Body,
     Depends,
     FastAPI,
-    HTTPException,
     Query,
     Request,
     Response,
@@ -40,7 +39,7 @@ from prometheus_client import (
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.data.context import CONTEXT, USER, brought
@@ -77,9 +76,10 @@ class Metrics:
         self.exits = counter(
             "exitrec_candidates", "Candidates by the exit they left at", ["exit"]
         )
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
         self.batch = histogram(
-            "exitrec_batch_requests", "Requests scored together", buckets=sizes
+            "exitrec_batch_requests",
+            "Requests scored together",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
         self.cpu = counter("exitrec_cpu_seconds", "CPU seconds of scoring")
         self.busy = counter("exitrec_busy_seconds", "Seconds of scoring")
@@ -95,14 +95,14 @@ class Metrics:
             "exitrec_drift_alarm", "1: everything runs to full depth", ["version"]
         )
         gauge("exitrec_queue", "Requests that wait or run").set_function(waiting)
-        text = "Characters of new items that wait to be embedded"
-        gauge("exitrec_new_characters", text).set_function(new_characters)
+        gauge(
+            "exitrec_new_characters", "Characters of new items that wait to be embedded"
+        ).set_function(new_characters)
 
     def count(self, found: Scored) -> None:
         """A response."""
-        layers = found.exit_layers.tolist()
-        for layer in set(layers):
-            self.exits.labels(layer).inc(layers.count(layer))
+        for layer, candidates in found.left_at.items():
+            self.exits.labels(layer).inc(candidates)
         self.batch.observe(found.batch)
         self.cpu.inc(found.cpu_seconds)
         self.busy.inc(found.busy_seconds)
@@ -152,11 +152,10 @@ class Observed:
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": status,
+                "ms": round(1000 * seconds, 2),
             }
             level = logging.DEBUG if route in PROBES else logging.INFO
-            logger.log(
-                level, "request", extra={"fields": about | {"ms": round(1000 * seconds, 2)}}
-            )
+            logger.log(level, "request", extra={"fields": about})
 
 
 # What comes before a body is read, and errors
@@ -194,8 +193,9 @@ class Guard:
         given = headers.get("authorization", "").encode("latin-1")
         right = token is None or hmac.compare_digest(given, b"Bearer " + token.encode())
         if not right and scope["path"] not in PUBLIC:
-            text = "The bearer token is missing or wrong."
-            error = HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
+            error = HTTPException(
+                401, "The bearer token is missing or wrong.", {"WWW-Authenticate": "Bearer"}
+            )
             await error_response(error)(scope, receive, send)
             return
         # 2. the length, where the client says it
@@ -224,12 +224,8 @@ def error_response(found: Exception) -> JSONResponse:
     """Every error has one form, and does not repeat what was sent."""
     status, text, headers = 422, str(found), None
     match found:
-        case AnyHTTPException():
-            status, text, headers = (
-                found.status_code,
-                str(found.detail),
-                dict(found.headers or {}),
-            )
+        case HTTPException():
+            status, text, headers = found.status_code, found.detail, found.headers
             if status == 400 and "parsing the body" in text:
                 text = "The body cannot be read as JSON: too deep, a number too long, or no UTF-8."
         case RequestValidationError():
@@ -237,9 +233,9 @@ def error_response(found: Exception) -> JSONResponse:
             if limits := [e["msg"] for e in errors if e["type"] == "limit"]:
                 status, text = 413, limits[0]
             else:
-                problems = [(place(e["loc"]), e["msg"]) for e in errors]
-                more = f" ({len(problems) - 3} more)" if len(problems) > 3 else ""
-                text = "; ".join(f"{where}: {what}" for where, what in problems[:3]) + more
+                text = "; ".join(f"{place(e['loc'])}: {e['msg']}" for e in errors[:3])
+                if len(errors) > 3:
+                    text += f" ({len(errors) - 3} more)"
         case SQLAlchemyError():
             logger.error("database", extra={"fields": {"error": text}})
             status, text = (
@@ -303,8 +299,7 @@ class Desk:
 
     async def rank(self, request: RankRequest) -> Scored:
         """Score a request."""
-        ask = self.versions.ask if self.versions else self.ask
-        found: Scored = await ask(request)
+        found: Scored = await (self.versions or self).ask(request)
         if found.error:
             raise HTTPException(422, found.error)
         self.metrics.count(found)
@@ -349,12 +344,12 @@ async def desk_of(request: Request) -> Desk:
 
 
 Here = Annotated[Desk, Depends(desk_of)]
-BEARER = HTTPBearer(auto_error=False, description="Where the server has a token.")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 404, 409, 413, 422, 429, 503)
 }
 # for /docs: `Guard` checks the token
-router = APIRouter(dependencies=[Depends(BEARER)], responses=ERRORS)
+bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has a token."))
+router = APIRouter(dependencies=[bearer], responses=ERRORS)
 public = APIRouter()
 
 
@@ -363,7 +358,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     app.state.desk = desk
     app.include_router(router)
     app.include_router(public)
-    for kind in (AnyHTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
+    for kind in (HTTPException, RequestValidationError, ProjectError, SQLAlchemyError):
         app.add_exception_handler(kind, lambda _, found: error_response(found))
     app.add_middleware(Guard, settings=desk.settings)
     app.add_middleware(Observed, metrics=desk.metrics)  # the outermost
@@ -396,7 +391,7 @@ async def rank(
             error = RequestValidationError(
                 [e | {"loc": ("body", *e["loc"])} for e in found.errors()]
             )
-        except (AnyHTTPException, ProjectError) as found:
+        except (HTTPException, ProjectError) as found:
             error = found
         return Error.model_validate_json(bytes(error_response(error).body))
 
@@ -422,8 +417,9 @@ async def gorse(
     user_id: shapes.Id, request: Request, desk: Here, n: Annotated[int, Query(ge=1)] = 10
 ) -> list[str]:
     """Gorse's recommendation: ids of items."""
-    asked = RecommendRequest(user_id, None, top_n=n, request_id=request.state.id)
-    found = await desk.rank(asked)
+    found = await desk.rank(
+        RecommendRequest(user_id, None, top_n=n, request_id=request.state.id)
+    )
     return [found.item_ids[place] for place in found.listed]
 
 
@@ -468,8 +464,8 @@ async def events(body: shapes.Listed[shapes.EventBody], desk: Here) -> dict[str,
 @router.put("/api/feedback")
 async def feedback(body: shapes.Listed[shapes.GorseFeedback], desk: Here) -> dict[str, int]:
     """Gorse's feedback."""
-    given = desk.settings.gorse_positive, desk.settings.gorse_read
-    return {"RowAffected": (await desk.keep([row.event(*given) for row in body], [])).new}
+    events = [row.event(desk.settings) for row in body]
+    return {"RowAffected": (await desk.keep(events, [])).new}
 
 
 @router.put("/v1/items")
@@ -478,8 +474,7 @@ async def items(
 ) -> dict[str, int]:
     """Make items known: item_id, title and other columns of the items table."""
     await desk.check_columns(body)
-    columns = [item.model_dump(exclude={"context"}, exclude_none=True) for item in body]
-    await desk.keep([], columns)
+    await desk.keep([], shapes.new_items(body))
     return {"items": len(body)}
 
 
@@ -489,8 +484,7 @@ async def users(
 ) -> dict[str, int]:
     """Make attributes of users known, in place of all that were put before, and of those that the log has."""
     await desk.check_columns(body)
-    users = [user.model_dump() for user in body]
-    await run_in_threadpool(desk.store.put_users, users)
+    await run_in_threadpool(desk.store.put_users, [user.model_dump() for user in body])
     return {"users": len(body)}
 
 

@@ -150,10 +150,9 @@ def settle(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-def make_app(
-    inferences: Sequence[Inference], settings: ServeSettings, rule: str | None
-) -> FastAPI:
-    """The routes around inference processes that start with them; `rule` makes ratings labels."""
+def make_app(inferences: Sequence[Inference], settings: ServeSettings) -> FastAPI:
+    """The routes around inference processes that start with them."""
+    rule = label_rule(settings.run)  # makes ratings labels
     inference = inferences[0]
 
     def reload() -> None:
@@ -169,14 +168,20 @@ def make_app(
         yield
 
     app = FastAPI(title="exitrec", lifespan=lifespan)
-    backlog = inference.backlog
-    metrics = Metrics(lambda: len(inference.waiting), backlog.characters)
-    ready = lambda: inference.ready  # noqa: E731
-    store = EventStore(settings.db)
+    metrics = Metrics(lambda: len(inference.waiting), inference.backlog.characters)
     versions = None
     if settings.other is not None:
         versions = Versions(settings, inference, inferences[1], metrics.registry)
-    desk = Desk(inference.ask, ready, settings, store, rule, backlog, metrics, versions)
+    desk = Desk(
+        inference.ask,
+        lambda: inference.ready,
+        settings,
+        EventStore(settings.db),
+        rule,
+        inference.backlog,
+        metrics,
+        versions,
+    )
     add_routes(app, desk)
     return app
 
@@ -184,9 +189,12 @@ def make_app(
 def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) -> None:
     """The command `serve`: answers until it is told to stop, then finishes what is in flight."""
     # 1. settings
-    about: dict[str, Any] = {"prog": "python -m project serve", "description": __doc__}
     parser = ArgumentParser(
-        exit_on_error=False, default_env=True, env_prefix="EXITREC", **about
+        prog="python -m project serve",
+        description=__doc__,
+        exit_on_error=False,
+        default_env=True,
+        env_prefix="EXITREC",
     )
     parser.add_class_arguments(ServeSettings)
     try:
@@ -195,19 +203,21 @@ def run_serve(arguments: Sequence[str], load: Callable[..., Any] | None = None) 
         raise ConfigError(f"serve: {error}") from None
     settings.check()
     # 2. the processes; where --other's cannot be loaded --run answers everything
-    rule = label_rule(settings.run)
     inference = Inference(settings, load, stop=lambda: setattr(http, "should_exit", True))
     inferences = [inference]
     if settings.other is not None:
         second = replace(settings, run=settings.other)
         inferences.append(Inference(second, load, stop=lambda: None))
-    app = make_app(inferences, settings, rule)
-    options: dict[str, Any] = {
-        "log_config": None,
-        "access_log": False,
-        "timeout_graceful_shutdown": LEAVING,
-    }
-    http = uvicorn.Server(uvicorn.Config(app, settings.host, settings.port, **options))
+    app = make_app(inferences, settings)
+    options = uvicorn.Config(
+        app,
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=LEAVING,
+    )
+    http = uvicorn.Server(options)
     # 3. until a signal: uvicorn finishes what is in flight, then raises the signal again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     log_json()

@@ -96,12 +96,13 @@ class ServeSettings:
             )
         if self.other is None:
             return
-        names = [run_name(run.resolve()) for run in (self.run, self.other)]
+        runs = self.run, self.other
+        names = [run_name(run.resolve()) for run in runs]
         if names[0] == names[1]:
             raise ConfigError(
                 f"--run and --other are both {names[0]}; expected two runs in folders of different names."
             )
-        rules = [label_rule(run) for run in (self.run, self.other)]
+        rules = [label_rule(run) for run in runs]
         if rules[0] != rules[1]:
             raise ConfigError(
                 f"--run makes labels by {rules[0]!r}, --other by {rules[1]!r}, but events have one label for both; "

@@ -94,7 +94,6 @@ def _at_most(name: str) -> BeforeValidator:
 
 
 T = TypeVar("T")
-R = TypeVar("R", bound=RankRequest)
 Listed = Annotated[list[T], _at_most("max_candidates")]
 Text = Annotated[str, AfterValidator(_storable)]
 Column = Annotated[Text, BeforeValidator(_column)]
@@ -184,6 +183,10 @@ class Options(BaseModel):
         )
 
 
+# of what asks; values of context and of attributes may be nested deeper than can be dumped
+NOT_DUMPED = {"context", "user", "history", "deadline_ms", "candidates"}
+
+
 class AskingBody(Options):
     """A user, or somebody with a history of their own. An unknown key is an error."""
 
@@ -210,24 +213,16 @@ class AskingBody(Options):
             raise ValueError("expected either user_id or history")
         return self
 
-    def _asked(
-        self, kind: type[R], candidates: Sequence[str | Item], name: str, **more: Any
-    ) -> R:
-        rows = self.history
-        return kind(
-            self.user_id,
-            None
-            if rows is None
-            else [HistoryRow(r.item(), r.label, r.time, r.rating) for r in rows],
-            candidates,
-            self.deadline,
-            self.top_n,
-            self.exhaustive,
-            self.context,
-            self.user,
-            request_id=name,
-            **more,
-        )
+    def _asked(self, name: str) -> dict[str, Any]:
+        """Fields of its request but for candidates."""
+        asked = self.model_dump(exclude=NOT_DUMPED)
+        asked |= {"context": self.context, "user": self.user}
+        asked |= {"deadline": self.deadline, "request_id": name, "history": None}
+        if self.history is not None:
+            asked["history"] = [
+                HistoryRow(r.item(), r.label, r.time, r.rating) for r in self.history
+            ]
+        return asked
 
 
 class RankBody(AskingBody):
@@ -238,7 +233,7 @@ class RankBody(AskingBody):
     def request(self, name: str) -> RankRequest:
         """For the queue."""
         items = [c if isinstance(c, str) else c.item() for c in self.candidates]
-        return self._asked(RankRequest, items, name)
+        return RankRequest(candidates=items, **self._asked(name))
 
 
 def _all_limited(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -301,9 +296,7 @@ class RecommendBody(AskingBody):
 
     def request(self, name: str) -> RecommendRequest:
         """For the queue."""
-        names = {"filter", "allow", "deny", "at_most", "include_answered"}
-        more = self.model_dump(include=names)
-        return self._asked(RecommendRequest, (), name, **more)
+        return RecommendRequest(**self._asked(name))
 
 
 class Queried(Options):
@@ -471,9 +464,11 @@ def cohere_response(body: CohereBody, found: Scored) -> CohereResponse:
         )
         for k in found.best_first(body.top_n)
     ]
-    usage = Usage.model_validate(found)
     return CohereResponse(
-        id=found.request_id, model=found.run, results=results, usage=usage
+        id=found.request_id,
+        model=found.run,
+        results=results,
+        usage=Usage.model_validate(found),
     )
 
 
@@ -529,12 +524,11 @@ class GorseFeedback(BaseModel):
     Value: Finite | None = None
     Timestamp: AwareDatetime | Literal[""] | None = None
 
-    def event(self, positive: str, read: str) -> EventBody:
-        """The same as ours; type, user, item and time name it, as in Gorse.
-
-        `positive` and `read` are Gorse's positive_feedback_types and read_feedback_types, such as "star, read>=3".
-        """
+    def event(self, settings: ServeSettings) -> EventBody:
+        """The same as ours; type, user, item and time name it, as in Gorse."""
         # 1. yes or no
+        positive = settings.gorse_positive
+        read = settings.gorse_read
         likes = self._is_one_of(positive)
         if not likes and self.FeedbackType not in re.findall(r"[^\s,<>=]+", read):
             raise DataError(
@@ -590,7 +584,12 @@ def labelled(events: Sequence[EventBody], rule: str | None) -> list[Event]:
     return found
 
 
-def new_items(events: Sequence[EventBody]) -> list[dict[str, str]]:
-    """Items that events bring a title of."""
-    own = {"event_id", "user_id", "rating", "label", "timestamp", "context", "replaces"}
-    return [e.model_dump(exclude=own, exclude_none=True) for e in events if e.title]
+def new_items(bodies: Sequence[EventBody | NewItem]) -> list[dict[str, str]]:
+    """Rows of the items table that bodies bring a title of."""
+    return [
+        body.model_dump(
+            exclude={*type(body).model_fields} - {"item_id", "title"}, exclude_none=True
+        )
+        for body in bodies
+        if body.title
+    ]

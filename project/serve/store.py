@@ -51,6 +51,10 @@ class Deleted(NamedTuple):
         return (item_id, label, timestamp) == (self.item_id, self.label, self.timestamp)
 
 
+Arrived = Event | Deleted | dict[str, Any]
+"""What comes to a store; items and users are columns by name."""
+
+
 class Added(NamedTuple):
     """What became of events."""
 
@@ -66,41 +70,45 @@ CLOCK = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("seq", sa.BigInteger),
 )
-EVENTS = sa.Table(
+
+
+def _table(name: str, *columns: sa.Column[Any]) -> sa.Table:
+    """A table whose rows have a `seq`."""
+    seq = sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False)
+    return sa.Table(name, TABLES, seq, *columns)
+
+
+def _text(name: str, **more: Any) -> sa.Column[str]:
+    """A column of text that no row lacks."""
+    return sa.Column(name, sa.Text, nullable=False, **more)
+
+
+EVENTS = _table(
     "events",
-    TABLES,
-    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("event_id", sa.Text, unique=True, nullable=False),
+    _text("event_id", unique=True),
     # a correction looks for the user's rows
-    sa.Column("user_id", sa.Text, index=True, nullable=False),
-    sa.Column("item_id", sa.Text, nullable=False),
+    _text("user_id", index=True),
+    _text("item_id"),
     sa.Column("label", sa.SmallInteger, nullable=False),
     sa.Column("timestamp", sa.Double, nullable=False),
-    sa.Column("context", sa.Text, nullable=False),
+    _text("context"),
     sa.Column("rating", sa.Double),
 )
-ITEMS = sa.Table(
+ITEMS = _table(
     "items",
-    TABLES,
-    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("digest", sa.Text, unique=True, nullable=False),
-    sa.Column("columns", sa.Text, nullable=False),
+    _text("digest", unique=True),
+    _text("columns"),
 )
-USERS = sa.Table(
+USERS = _table(
     "users",
-    TABLES,
-    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("user_id", sa.Text, index=True, nullable=False),
-    sa.Column("columns", sa.Text, nullable=False),
+    _text("user_id", index=True),
+    _text("columns"),
 )
-
-DELETED = sa.Table(
+DELETED = _table(
     "deleted",
-    TABLES,
-    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     # of the event that was deleted; 0: rows of the log, too
     sa.Column("event_seq", sa.BigInteger, nullable=False),
-    sa.Column("user_id", sa.Text, nullable=False),
+    _text("user_id"),
     sa.Column("timestamp", sa.Double, nullable=False),
     sa.Column("item_id", sa.Text),
     sa.Column("label", sa.SmallInteger),
@@ -167,19 +175,17 @@ class EventStore:
         """
         self.put_items(items)
         rows = dict[str, Event]()
-        conflict = list[str]()
+        conflict = set[str]()
         # 1. the first of an event_id among these
         for event in events:
             if rows.setdefault(event.event_id, event) != event:
-                conflict.append(event.event_id)
+                conflict.add(event.event_id)
         # 2. and among all
         new, known = self._write(
-            EVENTS.c.event_id,
-            {name: event._asdict() for name, event in rows.items()},
-            replacing,
+            EVENTS.c.event_id, [event._asdict() for event in rows.values()], replacing
         )
-        conflict += [name for _, name, *rest in known if rows[name] != Event(name, *rest)]
-        return Added(new, sorted(set(conflict)))
+        conflict |= {name for _, name, *rest in known if rows[name] != Event(name, *rest)}
+        return Added(new, sorted(conflict))
 
     def put_items(self, items: Sequence[dict[str, str]]) -> None:
         """Keep items: item_id, title and other columns of the items table. The same once more changes nothing."""
@@ -187,27 +193,28 @@ class EventStore:
         rows = [
             {"digest": hashlib.sha256(t.encode()).hexdigest(), "columns": t} for t in texts
         ]
-        self._write(ITEMS.c.digest, {row["digest"]: row for row in rows})
+        self._write(ITEMS.c.digest, rows)
 
     def put_users(self, users: Sequence[dict[str, Any]]) -> None:
         """Keep users: user_id and attributes, in place of those put before. The same once more changes nothing."""
-        rows = {
-            user["user_id"]: {
-                "user_id": user["user_id"],
-                "columns": json.dumps(user, sort_keys=True),
-            }
+        rows = [
+            {"user_id": user["user_id"], "columns": json.dumps(user, sort_keys=True)}
             for user in users
-        }
+        ]
         self._write(USERS.c.user_id, rows)
 
     def _write(
         self,
         key: sa.Column[str],
-        rows: dict[str, dict[str, Any]],
+        given: Sequence[dict[str, Any]],
         replacing: Set[str] = frozenset(),
     ) -> tuple[int, list[Any]]:
-        """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys."""
+        """Insert the rows whose key is new: how many they are, and the rows of the table that had the others' keys.
+
+        Of given rows of the same key the last counts.
+        """
         known = list[Any]()
+        rows = {row[key.name]: row for row in given}
         if not rows:
             return 0, known
         with self._writing, self._engine.begin() as connection:
@@ -224,8 +231,8 @@ class EventStore:
                     del rows[name]
             # 3. the others
             new = [
-                {"seq": last - len(rows) + 1 + k, **row}
-                for k, row in enumerate(rows.values())
+                {"seq": seq, **row}
+                for seq, row in enumerate(rows.values(), last - len(rows) + 1)
             ]
             if new:
                 connection.execute(sa.insert(key.table), new)
@@ -263,8 +270,8 @@ class EventStore:
                 # events may be dated ahead
                 what = Deleted(user_id, time.time() + AHEAD)
             elif gone and gone[0].seq > 0:
-                event = Event(*gone[0][1:])
-                event_seq = gone[0].seq
+                (event,) = gone
+                event_seq = event.seq
                 what = Deleted(event.user_id, event.timestamp, event.item_id, event.label)
             else:
                 return len(gone)
@@ -272,7 +279,7 @@ class EventStore:
             connection.execute(sa.insert(DELETED).values(row))
         return len(gone)
 
-    def arrivals(self, seq: int) -> tuple[int, list[Event | Deleted | dict[str, Any]]]:
+    def arrivals(self, seq: int) -> tuple[int, list[Arrived]]:
         """The latest `seq`, and events, items, users and deletions behind the one given, in the order they came.
 
         An item or a user that was put again with other columns comes again. An event that was deleted does not come,
@@ -288,7 +295,7 @@ class EventStore:
                 if table is DELETED:
                     came = came.where(table.c.event_seq <= seq)
                 for number, key, *rest in connection.execute(came):
-                    what: Event | Deleted | dict[str, Any]
+                    what: Arrived
                     if table is EVENTS:
                         what = Event(key, *rest)
                     elif table is DELETED:

@@ -78,20 +78,32 @@ class Versions:
         self._pairs = dict[tuple[str, str], tuple[float, float]]()
         # probabilities of both, label
         self._later = deque[tuple[float, float, int]](maxlen=LATER)
-        text = "From the question to a version's answer"
-        labels = ["model", "asked"]
         self._seconds = Histogram(
-            "exitrec_version_seconds", text, labels, registry=registry
+            "exitrec_version_seconds",
+            "From the question to a version's answer",
+            ["model", "asked"],
+            registry=registry,
         )
-        text = "Requests that --other did not answer"
-        self._missed = Counter("exitrec_other_missed", text, ["reason"], registry=registry)
-        text = "Share of --run's list that is in the other"
-        self._overlap = Summary("exitrec_shadow_overlap", text, registry=registry)
-        text = "Mean absolute difference of a request's probabilities"
-        self._difference = Summary("exitrec_shadow_difference", text, registry=registry)
+        self._missed = Counter(
+            "exitrec_other_missed",
+            "Requests that --other did not answer",
+            ["reason"],
+            registry=registry,
+        )
+        self._overlap = Summary(
+            "exitrec_shadow_overlap",
+            "Share of --run's list that is in the other",
+            registry=registry,
+        )
+        self._difference = Summary(
+            "exitrec_shadow_difference",
+            "Mean absolute difference of a request's probabilities",
+            registry=registry,
+        )
         gauge = partial(Gauge, registry=registry)
-        text = "AUC of both on the same later events"
-        self._auc = gauge("exitrec_later_auc", text, ["model"])
+        self._auc = gauge(
+            "exitrec_later_auc", "AUC of both on the same later events", ["model"]
+        )
         later = gauge("exitrec_later_events", "Events that this AUC is of")
         later.set_function(lambda: len(self._later))
         ready = gauge("exitrec_other_ready", "1: --other is loaded")
@@ -151,9 +163,8 @@ class Versions:
     ) -> None:
         """Count how far both answers are apart, and await events of their pairs."""
         other = await shadow
-        names = found.run, other.run if other else ""
         # after a promotion both are of one run
-        if other is None or found.error or names[0] == names[1]:
+        if other is None or found.error or found.run == other.run:
             return
         # 1. lists, and probabilities of what both scored
         lists = list[set[str]]()
@@ -171,6 +182,7 @@ class Versions:
             apart = [abs(one - two) for one, two in both.values()]
             self._difference.observe(sum(apart) / len(apart))
         # 3. pairs, of the same two runs alone
+        names = found.run, other.run
         if self._names != names:
             self._names = names
             self._pairs.clear()

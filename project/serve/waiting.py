@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from project.serve.store import Deleted, Event
+from project.serve.store import Arrived, Event
 
 
 class Waiting:
@@ -13,7 +13,7 @@ class Waiting:
         self.texts = dict[str, str]()
         self.characters = 0  # of all texts
         # by item id
-        self._held = dict[str, list[Event | Deleted | dict[str, str]]]()
+        self._held = dict[str, list[Arrived]]()
         # by user id: the item that the user's events wait for
         self._item_of = dict[str, str]()
 
@@ -23,7 +23,7 @@ class Waiting:
         self.characters += len(text)
         self._held[item_id] = []
 
-    def hold(self, what: Event | Deleted | dict[str, str], item_id: str) -> bool:
+    def hold(self, what: Arrived, item_id: str) -> bool:
         """Hold an item, an event about it or a deletion, where it or an earlier event of the user waits."""
         if not isinstance(what, dict):
             item_id = self._item_of.get(what.user_id, item_id)
@@ -34,9 +34,9 @@ class Waiting:
             self._item_of[what.user_id] = item_id
         return True
 
-    def release(self, texts: Sequence[str]) -> list[Event | Deleted | dict[str, str]]:
+    def release(self, texts: Sequence[str]) -> list[Arrived]:
         """What waited for these texts, which are embedded."""
-        released = list[Event | Deleted | dict[str, str]]()
+        released = list[Arrived]()
         done = set(texts)
         for item_id in [item_id for item_id, text in self.texts.items() if text in done]:
             self.characters -= len(self.texts.pop(item_id))
