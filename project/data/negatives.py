@@ -64,12 +64,9 @@ def draw_negatives(
                 item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)
             )
         )
-    labels = {
-        "label": pl.lit(0, pl.Int8),
-        "rating": pl.lit(None, pl.Float64),
-        "sampled": pl.lit(True),
-    }
-    return pl.concat(drawn).with_columns(**labels)
+    return pl.concat(drawn).with_columns(
+        label=pl.lit(0, pl.Int8), rating=pl.lit(None, pl.Float64), sampled=pl.lit(True)
+    )
 
 
 def _unseen(
