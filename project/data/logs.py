@@ -362,9 +362,7 @@ def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     # 3. values
     for name, allowed in (("label", [0.0, 1.0]), ("split", GIVEN_SPLITS)):
         values = typed[name]
-        right = values.is_null() | values.is_in(
-            pl.Series(allowed, dtype=values.dtype).implode()
-        )
+        right = values.is_null() | values.is_in(allowed)
         require(right, values, f"one of {', '.join(map(str, allowed))}", file, theirs[name])
     return typed.cast(RAW_SCHEMA)  # type: ignore[arg-type]
 
