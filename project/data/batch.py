@@ -191,6 +191,8 @@ class TrainSampler:
 class EvaluationSampler(list[Windows]):
     """All windows with targets, dealt out to ranks in batches of at most `batch_tokens` (one window may be more)."""
 
+    epoch = start = 0  # as of `TrainSampler`; nothing sets them
+
     def __init__(
         self,
         streams: Streams,
@@ -220,14 +222,14 @@ class PackedLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._done = getattr(self.batch_sampler, "start", 0)
+        self._done = self.batch_sampler.start
         for windows in self.batch_sampler:
             self._done += 1
             yield pack(self._streams, windows)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, and how many of its batches have been handed out on this rank (the same on all)."""
-        return {"epoch": getattr(self.batch_sampler, "epoch", 0), "batches": self._done}
+        return {"epoch": self.batch_sampler.epoch, "batches": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""

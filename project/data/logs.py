@@ -404,7 +404,7 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{interactions.height:,} rows have none). Give every row its time, or no row."
         )
     items = _items(raw.items, f"{READER} items", {})
-    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    absent = interactions.join(items, on="item_id", how="anti", maintain_order="left")
     if not absent.is_empty():
         raise DataError(
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "

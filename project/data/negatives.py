@@ -55,7 +55,7 @@ def draw_negatives(
         targets = rows.filter(split == k, role="target")
         negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
         # (items,)
-        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
+        allowed = ~hidden.to_numpy() | (k > 0)
         item = _unseen(
             rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng
         )

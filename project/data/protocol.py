@@ -571,10 +571,11 @@ def _ordered(
 
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
-    known = pl.Series("known", known_at(rows))
-    earlier = pl.col("known").sort().search_sorted(pl.col("timestamp"), side="left")
-    hist = rows.with_columns(known).select(earlier.over("user").cast(pl.Int32)).to_series()
-    rows = rows.with_columns(hist=hist, role=pl.lit("target", pl.Enum(ROLES)))
+    known = pl.col("known_at" if "known_at" in rows.columns else "timestamp")
+    earlier = known.sort().search_sorted(pl.col("timestamp"), side="left")
+    rows = rows.with_columns(
+        hist=earlier.over("user").cast(pl.Int32), role=pl.lit("target", pl.Enum(ROLES))
+    )
     is_history = pl.col("given_split") == "history"
     return _as_context(rows, (pl.col("hist") < protocol.minimum_history) | is_history)
 
