@@ -213,8 +213,11 @@ class ExitCalibration(L.Callback):
     ) -> Lists:
         """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
         settings = self.settings
-        static = isinstance(settings.criterion, StaticExit)
-        if static or not settings.lists or trainer.world_size > 1:
+        if (
+            isinstance(settings.criterion, StaticExit)
+            or not settings.lists
+            or trainer.world_size > 1
+        ):
             return Lists()
 
         def scored(fold: str) -> ScoredRequests:
