@@ -41,7 +41,11 @@ MODES = ("cold", "warm", "never")
 
 def run_backtest(arguments: Sequence[str]) -> Path:
     """The command: a run for each period and mode, then runs/backtest-NAME/backtest.json, .md and .png."""
-    given = _parsed(arguments)
+    parser = argparse.ArgumentParser("python -m project backtest", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file or preset, as of fit")
+    parser.add_argument("--days", type=float, default=7.0, help="days of a period's test")
+    parser.add_argument("--periods", type=int, default=8, help="how many, one each --days")
+    given = parser.parse_args(arguments)
     source = Path(with_presets([given.config])[0])
     config = read_yaml(source)
     folder = Path("runs") / f"backtest-{source.stem}"
@@ -116,14 +120,6 @@ def run_backtest(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m project backtest", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file or preset, as of fit")
-    parser.add_argument("--days", type=float, default=7.0, help="days of a period's test")
-    parser.add_argument("--periods", type=int, default=8, help="how many, one each --days")
-    return parser.parse_args(arguments)
-
-
 def periods_of(first: float, end: int, days: float, periods: int) -> list[list[str]]:
     """The data.protocol.dates of each period, validation as long as its test.
 
@@ -149,7 +145,7 @@ def written(place: Path, over: dict[str, Any], about: object) -> Path:
     """What a run has over the configuration; where that or what it is `about` changed, an earlier run is forgotten."""
     where = {"save_dir": str(place.parent), "name": place.name}
     logger = {"class_path": "project.run_folder.RunLogger", "init_args": where}
-    over["trainer"] = {**over.get("trainer", {}), "logger": [logger]}
+    over.setdefault("trainer", {})["logger"] = [logger]
     text = f"# of {about}\n{yaml.safe_dump(over, sort_keys=False)}"
     file = place.with_suffix(".yaml")
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
@@ -204,9 +200,7 @@ def refitted(scored: ScoredResult, minutes: float) -> Refitted:
 def gaps(periods: Sequence[Period], mode: str) -> list[float]:
     """AUC of cold minus that of a mode, of every period but the first whose AUCs are defined."""
     rows = [period["modes"] for period in periods[1:]]
-    pairs = [
-        (row["cold"]["exit"], row[mode]["exit"]) for row in rows if {"cold", mode} <= {*row}
-    ]
+    pairs = [(row["cold"]["exit"], row[mode]["exit"]) for row in rows if mode in row]
     return [cold - other for cold, other in pairs if cold is not None and other is not None]
 
 

@@ -201,7 +201,7 @@ class ExitCalibration(L.Callback):
         }
         if trainer.is_global_zero:
             write_json(path, result)
-        self._log(trainer, scores, features)
+        self._log(trainer, plans, scores, features)
         return result
 
     def _lists(
@@ -213,8 +213,11 @@ class ExitCalibration(L.Callback):
     ) -> Lists:
         """Margins of lists of the best k by the plan's heads; none where the split allows no requests of its folds."""
         settings = self.settings
-        static = isinstance(settings.criterion, StaticExit)
-        if static or not settings.lists or trainer.world_size > 1:
+        if (
+            isinstance(settings.criterion, StaticExit)
+            or not settings.lists
+            or trainer.world_size > 1
+        ):
             return Lists()
 
         def scored(fold: str) -> ScoredRequests:
@@ -258,20 +261,15 @@ class ExitCalibration(L.Callback):
         content = read_checkpoint(checkpoint) | {CHECKPOINT_KEY: self.plans.state()}
         replace_file(checkpoint, lambda part: torch.save(content, part))
 
-    def _log(self, trainer: L.Trainer, scores: pl.DataFrame, features: F64) -> None:
+    @staticmethod
+    def _log(trainer: L.Trainer, plans: Plans, scores: pl.DataFrame, features: F64) -> None:
         """`select/exit/...` on the select fold, which calibration has not seen."""
-        assert self.plans is not None
         fold = (scores["fold"] == "select").to_numpy()
         if not fold.any():
             return
-        rows = PlannedRows(
-            self.plans.plan,
-            scores.filter(fold),
-            features[fold],
-            draws=2,
-        )
-        summary = rows.summary(self.plans.static_exit)
-        certificate = self.plans.certificate
+        rows = PlannedRows(plans.plan, scores.filter(fold), features[fold], draws=2)
+        summary = rows.summary(plans.static_exit)
+        certificate = plans.certificate
         values = {
             "mean_depth": summary["mean_depth"],
             "token_layer_speedup": summary["token_layer_speedup"],
@@ -359,9 +357,7 @@ class ResultFiles(L.Callback):
 
     def _stop_clock(self, trainer: L.Trainer, stage: str) -> None:
         seconds = data_of(trainer).clock.seconds
-        seconds[stage] = (
-            seconds.get(stage, 0.0) + time.perf_counter() - self._evaluation_started
-        )
+        seconds[stage] += time.perf_counter() - self._evaluation_started
 
     def _write_scores(
         self, trainer: L.Trainer, pl_module: L.LightningModule, split: str
@@ -407,10 +403,14 @@ class ResultFiles(L.Callback):
         chosen = int(module.chosen_exit)
         # 1. the same rows as candidates of one moment; several processes cannot run the engine
         # on one of them
-        moment = None
+        moment = workload = None
         if trainer.world_size == 1:
             with data.clock.stage("inside users"):
-                moment = _moment(module, data, split)
+                with suppress(ProjectError):  # a split without such requests
+                    workload = moment_requests(data.split, fold_of(split) or split)
+                if workload is not None:
+                    prepared = prepare_requests(module, data, workload.requests)
+                    moment = score_labelled(module, workload, prepared)
         # 2. exits, baselines, plan and slices
         content = scored_rows(
             data,
@@ -444,20 +444,6 @@ class ResultFiles(L.Callback):
             page = write_report(folder)
             Console().print(f"report: {page}", soft_wrap=True)
             log_report(trainer, folder, command)
-
-
-def _moment(
-    module: ExitRecommender, data: InteractionData, split: str
-) -> tuple[pl.DataFrame, F64] | None:
-    """Scores and features of users' rows at one moment each; None where a split has no such requests."""
-    try:
-        workload = moment_requests(data.split, fold_of(split) or split)
-    except ProjectError:
-        return None
-    if workload is None:
-        return None
-    prepared = prepare_requests(module, data, workload.requests)
-    return score_labelled(module, workload, prepared)
 
 
 def _scores(module: L.LightningModule) -> pl.DataFrame:

@@ -21,14 +21,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from project.callbacks import ExitCalibration, ResultFiles, SaveConfig
 from project.config import (
     MISSING,
-    did_you_mean,
     link_model_and_data,
     one_line,
     project_error_in,
     with_presets,
 )
 from project.datamodule import InteractionData
-from project.errors import CheckpointError, ConfigError
+from project.errors import CheckpointError, ConfigError, did_you_mean
 from project.exits.plan import ExitSettings
 from project.model.initial import TRUSTED
 from project.model.module import ExitRecommender
@@ -179,9 +178,7 @@ class ProjectCLI(LightningCLI):
             )
             # the user's own CSV logger decides where the run's files go
             csv = [
-                x
-                for x in loggers
-                if x.class_path.rpartition(".")[2] in ("CSVLogger", "RunLogger")
+                x for x in loggers if x.class_path.endswith((".CSVLogger", ".RunLogger"))
             ]
             for logger in csv:
                 logger.class_path = RUN_LOGGER

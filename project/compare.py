@@ -81,15 +81,13 @@ def read_heads(run: Path, part: Part = "tune") -> Heads:
             _logits(tune, layers), labels, [0, *layers], exit_0=True
         )
         values = calibration.apply(logits).numpy()
-        calibrated = {
-            layer: values[:, column] for column, layer in enumerate(layers, start=1)
-        }
+        calibrated = dict(zip(layers, values.T[1:], strict=True))
     except DataError:
         pass
     row_id, labels, users = (
         scores[key].to_numpy().astype(np.int64) for key in ("row_id", "label", "user")
     )
-    raw = {layer: logits[:, column].numpy() for column, layer in enumerate(layers, start=1)}
+    raw = dict(zip(layers, logits.numpy().T[1:], strict=True))
     return Heads(row_id, labels, users, raw, calibrated)
 
 

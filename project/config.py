@@ -18,8 +18,7 @@ from project import retrieval
 from project.data import logs
 from project.data.prompt import shows_items, shows_numbers
 from project.datamodule import InteractionData
-from project.errors import ConfigError, ProjectError
-from project.errors import did_you_mean as did_you_mean
+from project.errors import ConfigError, ProjectError, did_you_mean
 from project.exits.plan import ExitSettings
 from project.model.module import ExitRecommender
 from project.model.optim import OptimSettings
@@ -140,12 +139,8 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
     if found := UNKNOWN.search(message):
         name = next(filter(None, found.groups()))
         inside = re.search(r"class_path '([^']+)'", message)
-        near = did_you_mean(
-            name,
-            list(inspect.signature(_imported(inside[1])).parameters)
-            if inside
-            else list(keys),
-        )
+        known = inspect.signature(_imported(inside[1])).parameters if inside else keys
+        near = did_you_mean(name, [*known])
         return ConfigError(
             f"{f'{key}.' if key else ''}{name} is no key of the configuration{near}."
         )
@@ -161,14 +156,12 @@ def one_line(message: str, keys: Iterable[str]) -> ConfigError:
         missing = " and no method ".join(sorted(_imported(path).__abstractmethods__))
         reason = f"{path} has no method {missing}; expected a class_path of a class that has them"
     if (found := MISSING.search(reason)) and found[1]:
-        kinds = (
-            n
-            for n, kind in vars(import_module(found[1])).items()
-            if isinstance(kind, type | ModuleType)
-        )
-        reason += did_you_mean(
-            found[2], [kind for kind in kinds if not kind.startswith("_")]
-        )
+        kinds = [
+            name
+            for name, kind in vars(import_module(found[1])).items()
+            if isinstance(kind, type | ModuleType) and not name.startswith("_")
+        ]
+        reason += did_you_mean(found[2], kinds)
     if found := NO_PATH.search(reason):
         reason += did_you_mean(found[1], [*vars(retrieval), *vars(logs)])
     if reason.endswith("Got value: None") or "arguments are required" in reason:

@@ -407,13 +407,13 @@ class InteractionData(L.LightningDataModule):
             self.context_tokens,
             self.batch_tokens,
             self.seed,
-            *self._ranks(),
+            *self._ranks,
         )
 
+    @property
     def _ranks(self) -> tuple[int, int]:
-        return (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def train_batches(self) -> int:
         """Batches of an epoch on this process; starts no loader."""
@@ -426,7 +426,7 @@ class InteractionData(L.LightningDataModule):
     def _evaluation(self, split: str) -> PackedLoader:
         streams = self.streams(split)
         sampler = EvaluationSampler(
-            streams, self.context_tokens, self.batch_tokens, *self._ranks()
+            streams, self.context_tokens, self.batch_tokens, *self._ranks
         )
         return PackedLoader(streams, sampler)
 

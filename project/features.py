@@ -37,10 +37,21 @@ their similarities were rows; four times the text similarity (the slope of log-o
 TEXT_FEATURES = FEATURES[-2:]
 # of a retrieved features table, those that are numbers and read here or by prompts
 COLUMNS = (
-    *("item_rate", "item_count", "user_rate", "user_count"),
-    *("vote", "neighbour_count", "weighted_vote", "vote_weight", "similarity"),
-    *("mf", "mf_rating", "item_similarity", "item_similarity_weight"),
-    *("text", "text_weight"),
+    "item_rate",
+    "item_count",
+    "user_rate",
+    "user_count",
+    "vote",
+    "neighbour_count",
+    "weighted_vote",
+    "vote_weight",
+    "similarity",
+    "mf",
+    "mf_rating",
+    "item_similarity",
+    "item_similarity_weight",
+    "text",
+    "text_weight",
 )
 # prefixes of columns that a table of a log with context or users' attributes has beside
 RATE = "rate."
@@ -71,6 +82,10 @@ class Retrieved:
             }
         )
 
+    def column(self, name: str) -> F64:
+        """(n,) of a column; NaN where the table does not have it."""
+        return self.columns.get(name, np.full(len(self), np.nan))
+
     def table(self) -> pl.DataFrame:
         """A table that `of` reads as this."""
         return pl.DataFrame(self.columns, nan_to_null=True)
@@ -94,7 +109,7 @@ def feature_matrix(
     found = Retrieved.of(retrieved)
 
     def numbers(name: str) -> F64:
-        values = found.columns.get(name, np.zeros(len(found)))
+        values = found.column(name)
         return np.where(np.isnan(values), 0.0, values)
 
     def rate_and_rows(rate: str, count: str) -> tuple[F64, F64]:
@@ -109,8 +124,7 @@ def feature_matrix(
 
     # 2. matrix factorisation, and the user's own answers on similar items
     def by_factorisation(name: str, unknown: F64) -> F64:
-        chance = found.columns.get(name, np.full(len(found), np.nan))
-        chance = np.clip(chance, SUREST, 1.0 - SUREST)
+        chance = np.clip(found.column(name), SUREST, 1.0 - SUREST)
         return np.where(np.isnan(chance), unknown, np.log(chance / (1.0 - chance)))
 
     mf = by_factorisation("mf", item[0] + user[0] - np.log(base / (1.0 - base)))
@@ -118,11 +132,17 @@ def feature_matrix(
     mf_rating = by_factorisation("mf_rating", np.zeros(len(found)))
     item_similarity = rate_and_rows("item_similarity", "item_similarity_weight")[0]
     # 3. in the order of FEATURES, then terms
-    text = 4.0 * numbers("text")
-    text_rows = np.log1p(numbers("text_weight"))
     columns = (
-        *(*item, *user, *vote, numbers("similarity"), weighted_vote),
-        *(mf, mf_rating, item_similarity, text, text_rows),
+        *item,
+        *user,
+        *vote,
+        numbers("similarity"),
+        weighted_vote,
+        mf,
+        mf_rating,
+        item_similarity,
+        4.0 * numbers("text"),
+        np.log1p(numbers("text_weight")),
         *(term.of(found) for term in terms),
     )
     return np.stack(columns, axis=1)
@@ -130,10 +150,9 @@ def feature_matrix(
 
 def log_odds(likes: F64, rows: F64, base: float) -> F64:
     """Log-odds of (likes + k base) / (rows + k): finite, and the train mean where there are no rows."""
-    odds: F64 = np.log(likes + PRIOR_ROWS * base) - np.log(
+    return np.log(likes + PRIOR_ROWS * base) - np.log(
         rows - likes + PRIOR_ROWS * (1.0 - base)
     )
-    return odds
 
 
 class Term(NamedTuple):
@@ -150,13 +169,10 @@ class Term(NamedTuple):
 
     def of(self, retrieved: Retrieved) -> F64:
         """(n,) of n rows; a column that is not there is missing."""
-        values = retrieved.columns.get(self.column)
-        if values is None:
-            values = np.full(len(retrieved), np.nan)
+        values = retrieved.column(self.column)
         match self.kind:
             case "is":
-                is_value: F64 = (values == self.value).astype(np.float64)
-                return is_value
+                return np.where(values == self.value, 1.0, 0.0)
             case "missing":
                 return np.isnan(values).astype(np.float64)
             case "rate":
@@ -238,8 +254,7 @@ class FeatureBaseline:
 
     def of_features(self, features: F64) -> F64:
         """Logits (n,) of features (n, F) that were made with this `base` and these `terms`."""
-        scores: F64 = features @ self.weights + self.offset
-        return scores
+        return features @ self.weights + self.offset
 
     def to_array(self) -> F64:
         """(2 + F,): base, offset, weights."""

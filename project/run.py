@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import torch
 import yaml  # type: ignore[import-untyped]  # the package types-PyYAML would bring them
 
 from project.data.protocol import FOLDS, SPLITS
+from project.data.tables import sha256_of as sha256_of
 from project.errors import CheckpointError, ConfigError, DataError
 from project.results import Head
 
@@ -58,11 +58,9 @@ def score_table(
     columns: Mapping[str, Any], logits: np.ndarray[Any, Any], exit_layers: list[int]
 ) -> pl.DataFrame:
     """A score table of `columns` (name -> (n,) values) and `logits` (n, exit layers); absent columns are empty."""
-    n = len(logits)
+    absent = [None] * len(logits)
     head = [
-        pl.Series(name, columns[name]).cast(kind)
-        if name in columns
-        else pl.Series(name, [None] * n, dtype=kind)
+        pl.Series(name, columns.get(name, absent)).cast(kind)
         for name, kind in SCORE_COLUMNS.items()
     ]
     heads = [
@@ -138,12 +136,12 @@ class _EachKeyOnce(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
                 )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -224,12 +222,6 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> Checkpoint:

@@ -29,13 +29,11 @@ class RunLogger(CSVLogger):
         while rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # other processes get it from SaveConfig
             folder = Path(self.root_dir) / f"version_{number}"
             try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-            except FileExistsError:
-                number += 1
-            else:
+                folder.mkdir(parents=True)
                 self._made = folder
                 break
+            except FileExistsError:
+                number += 1
         return number
 
     @rank_zero_only

@@ -266,15 +266,7 @@ class ProjectTrainer(L.Trainer):
             recommend: Write the best so many items for every user of the log, as the server lists them, to
                 scores/recommendations.parquet, instead of scoring requests; needs the extra `serve`.
         """
-        if recommend is not None:
-            # imported here: it needs an extra
-            from project.serve.recommend import write_recommendations
-
-            assert model is not None
-            assert datamodule is not None
-            write_recommendations(self, model, datamodule, ckpt_path, recommend)
-            return None
-        if engine == "packed":
+        if recommend is None and engine == "packed":
             return super().predict(
                 model,
                 dataloaders,
@@ -285,6 +277,12 @@ class ProjectTrainer(L.Trainer):
             )
         assert model is not None
         assert datamodule is not None
+        if recommend is not None:
+            # imported here: it needs an extra
+            from project.serve.recommend import write_recommendations
+
+            write_recommendations(self, model, datamodule, ckpt_path, recommend)
+            return None
         model.compute_in(self.precision)
         if engine == "ray":
             from project.engine.actors import run_actors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from project.arrays import I64
 from project.data.ragged import offsets_of, within
@@ -72,9 +72,7 @@ def pack(streams: Streams, windows: Sequence[tuple[int, Window]]) -> Batch:
     # starts after the sum of the lengths of those that later groups may see
     lists = streams.tokens.take(index)
     lengths = lists.lengths
-    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))[
-        :-1
-    ]
+    run_start = offsets_of(np.bincount(run, weights=lengths * context).astype(np.int64))
     group_start = run_start[run] - run_start[run[starts]][sequence]
 
     # 5. from segments to tokens
@@ -145,41 +143,33 @@ def share_out(streams: Streams, windows: Windows, count: int) -> list[Windows]:
     return [windows[a:b] for a, b in pairwise(edges)]
 
 
-class TrainSampler(Sampler[Windows]):
+@dataclass(eq=False)
+class TrainSampler:
     """The batches of one epoch for one rank; the same on every machine for the same seed and epoch.
 
     A window has at most `context_tokens`, a batch about `batch_tokens`; `seed` decides order and cuts of windows.
     """
 
-    def __init__(
-        self,
-        streams: Streams,
-        context_tokens: int,
-        batch_tokens: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._streams = streams
-        self._context_tokens = context_tokens
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
+    streams: Streams
+    context_tokens: int
+    batch_tokens: int
+    seed: int
+    rank: int
+    world_size: int
+    epoch = 0
+    start = 0  # batches of the epoch that were handed out before a run was stopped
+
+    def __post_init__(self) -> None:
+        streams = self.streams
         # streams without a target are not read
         # (s,)
-        targets = (
-            np.add.reduceat(streams.target, streams.offsets[:-1])
-            if len(streams)
-            else np.zeros(0)
-        )
+        targets = np.add.reduceat(streams.target, streams.offsets[:-1])
         # (n,) segments of the others
         read = np.repeat(targets > 0, np.diff(streams.offsets))
         lengths = streams.tokens.lengths[: read.size]
-        tokens = int(np.minimum(lengths, context_tokens)[read].sum())
+        tokens = int(np.minimum(lengths, self.context_tokens)[read].sum())
         # of an epoch, on each rank
-        self._steps = max(1, round(tokens / batch_tokens / world_size))
-        self.epoch = 0
-        self.start = 0  # batches of the epoch that were handed out before a run was stopped
+        self._steps = max(1, round(tokens / self.batch_tokens / self.world_size))
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -190,16 +180,18 @@ class TrainSampler(Sampler[Windows]):
         return self._steps
 
     def __iter__(self) -> Iterator[Windows]:
-        rng = np.random.default_rng([self._seed, self.epoch])
-        windows = self._streams.training(self._context_tokens, rng)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        windows = self.streams.training(self.context_tokens, rng)
         windows = [windows[i] for i in rng.permutation(len(windows))]
-        batches = share_out(self._streams, windows, self._steps * self._world_size)
+        batches = share_out(self.streams, windows, self._steps * self.world_size)
         start, self.start = self.start, 0
-        yield from batches[self._rank :: self._world_size][start:]
+        yield from batches[self.rank :: self.world_size][start:]
 
 
-class EvaluationSampler(Sampler[Windows]):
+class EvaluationSampler(list[Windows]):
     """All windows with targets, dealt out to ranks in batches of at most `batch_tokens` (one window may be more)."""
+
+    epoch = start = 0  # as of `TrainSampler`; nothing sets them
 
     def __init__(
         self,
@@ -212,13 +204,7 @@ class EvaluationSampler(Sampler[Windows]):
         batches = fill(streams, streams.evaluation(context_tokens), batch_tokens)
         steps = -(-len(batches) // world_size)
         mine = batches[rank::world_size]
-        self._batches = mine + [batches[-1]] * (steps - len(mine))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Windows]:
-        return iter(self._batches)
+        super().__init__(mine + [batches[-1]] * (steps - len(mine)))
 
 
 class PackedLoader:
@@ -236,14 +222,14 @@ class PackedLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._done = getattr(self.batch_sampler, "start", 0)
+        self._done = self.batch_sampler.start
         for windows in self.batch_sampler:
             self._done += 1
             yield pack(self._streams, windows)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, and how many of its batches have been handed out on this rank (the same on all)."""
-        return {"epoch": getattr(self.batch_sampler, "epoch", 0), "batches": self._done}
+        return {"epoch": self.batch_sampler.epoch, "batches": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that the state was saved at."""
@@ -258,7 +244,7 @@ class StageClock:
     """Adds up wall seconds by stage name, in the order in which stages first ran."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = defaultdict[str, float](float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -267,7 +253,7 @@ class StageClock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] += time.perf_counter() - start
 
     def rounded(self) -> dict[str, float]:
         """For result files."""

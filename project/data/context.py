@@ -167,6 +167,7 @@ def brought(
     for name, value in given.items():
         if value is None:
             continue
+        column = prefix + name
         text = said(f"{what}.{name}", value)
         if len(text) > MAX_CHARACTERS:
             raise DataError(
@@ -174,17 +175,17 @@ def brought(
             )
         if not text:
             continue
-        if columns[prefix + name] == "category":
-            found[prefix + name] = code_of(text)
+        if columns[column] == "category":
+            found[column] = code_of(text)
             continue
         # a number of JSON as it is, a text by the rule that the log's own columns are read by
         if type(value) in (int, float) and abs(value) <= EXACT:
-            found[prefix + name] = float(value)
+            found[column] = float(value)
         else:
             number = numbers(pl.Series([text]), what, name)[0]
             if number is None:
                 raise DataError(f"{what}.{name} is {text[:40]!r}; expected a number.")
-            found[prefix + name] = number
+            found[column] = number
     return found
 
 

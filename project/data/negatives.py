@@ -55,7 +55,7 @@ def draw_negatives(
         targets = rows.filter(split == k, role="target")
         negative = targets[np.repeat(np.arange(targets.height), negatives.per_positive)]
         # (items,)
-        allowed = ~hidden.to_numpy() if k == 0 else np.ones(len(hidden), np.bool_)
+        allowed = ~hidden.to_numpy() | (k > 0)
         item = _unseen(
             rows.filter(split <= k), negative, allowed, negatives.by == "popularity", rng
         )
@@ -64,12 +64,9 @@ def draw_negatives(
                 item=pl.Series(item, dtype=pl.Int32), hidden=hidden.gather(item)
             )
         )
-    labels = {
-        "label": pl.lit(0, pl.Int8),
-        "rating": pl.lit(None, pl.Float64),
-        "sampled": pl.lit(True),
-    }
-    return pl.concat(drawn).with_columns(**labels)
+    return pl.concat(drawn).with_columns(
+        label=pl.lit(0, pl.Int8), rating=pl.lit(None, pl.Float64), sampled=pl.lit(True)
+    )
 
 
 def _unseen(

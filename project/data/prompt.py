@@ -98,8 +98,7 @@ class RatingScale:
 
     def ids(self, ratings: F64) -> I64:
         """(n,) ids of tokens that show ratings (n,)."""
-        ids: I64 = LOWEST_ID - 1 - _steps((ratings - self.mean) / self.deviation)
-        return ids
+        return LOWEST_ID - 1 - _steps((ratings - self.mean) / self.deviation)
 
 
 def number_ids(features: F64, fields: Sequence[str]) -> I64:
@@ -191,7 +190,7 @@ def field_showing(prompt: Prompt, column: str) -> str | None:
 def item_columns(prompt: Prompt, items: pl.DataFrame) -> tuple[list[str], list[str]]:
     """Columns of the items that the segment shows, and those that it does not."""
     fields = field_names(prompt.segment or "")
-    columns = [name for name in items.columns if name not in ("item", "item_id")]
+    columns = items.drop("item", "item_id").columns
     fields += columns if ITEM_TEXT in fields else []
     return [name for name in columns if name in fields], [
         name for name in columns if name not in fields
@@ -317,10 +316,9 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         # None: histories show labels alone
         self._scale = scale
-        item_fields = [c for c in items.columns if c not in ("item", "item_id")]
         segment = with_segment(prompt, tokenizer, items).segment
         assert segment is not None
-        self._parts = split_template(segment, item_fields)
+        self._parts = split_template(segment, items.drop("item", "item_id").columns)
         if len(prompt.answers) != 2 or not all(a.strip() for a in prompt.answers):
             raise ConfigError(
                 f"data.prompt.answers is {prompt.answers!r}: expected two texts, for dislike and like, "
@@ -388,9 +386,7 @@ class PromptEncoder:
 
     def _encode_values(self, texts: list[str]) -> Ragged:
         """Token ids of texts, each distinct one tokenised once."""
-        distinct, codes = np.unique(
-            np.array(texts, dtype=object).astype(str), return_inverse=True
-        )
+        distinct, codes = np.unique(np.array(texts, dtype=str), return_inverse=True)
         return Ragged.of([self._ids(t) for t in distinct.tolist()]).take(
             codes.astype(np.int64)
         )
@@ -413,20 +409,18 @@ class PromptEncoder:
             else None
         )
         parts = []
+        one_each = np.arange(len(item) + 1)
         for i, (kind, name) in enumerate(self._parts):
             if kind == "static":
                 parts.append(self._static[i].take(item))
             elif kind == "item":
-                parts.append(Ragged(FIRST_ITEM_ID - item, np.arange(len(item) + 1)))
+                parts.append(Ragged(FIRST_ITEM_ID - item, one_each))
             elif features is not None and kind == "number":
-                parts.append(
-                    Ragged(number_ids(features, name.split("+")), np.arange(len(item) + 1))
-                )
+                parts.append(Ragged(number_ids(features, name.split("+")), one_each))
             else:
                 # a column may be absent: item_similarity is there with retrievers that
                 # compare items
-                missing = np.full(len(item), np.nan)
-                shares = found.columns.get(RETRIEVED_FIELDS[name], missing)
+                shares = found.column(RETRIEVED_FIELDS[name])
                 parts.append(self._encode_values(_percent(shares)))
         answer = np.where(label < 0, 2, label).astype(np.int64)
         answers = self._answers

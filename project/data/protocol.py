@@ -34,6 +34,8 @@ FOLD_SALT = "folds"  # of the hash that assigns validation users to folds
 HIDE_SALT = "hidden items"  # of the hash that hides items
 TRAIN_SALT = "train users"  # of the hash that chooses users whose train rows are targets
 
+FURTHER = (OWN_SCORE, "session", "known_at")  # columns of rows, where a log has them
+
 CLICKED = "clicked"  # the label rule of a log whose rows are all positive
 
 _OPERATORS = {">": "gt", ">=": "ge", "<": "lt", "<=": "le", "==": "eq"}
@@ -294,17 +296,12 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
         distinct.select(raw.context), CONTEXT, raw.kinds, "interactions"
     )
     distinct = distinct.drop(raw.context).hstack(context)
-    further = list(context.columns)
-    if raw.own_scores is not None:
-        further.append(OWN_SCORE)
     if SESSION in log.columns:
         distinct = _with_sessions(distinct)
-        further.append("session")
     if protocol.answer_delay:
         seconds = known_at(distinct) + protocol.answer_delay
         distinct = distinct.with_columns(known_at=seconds)
-    if "known_at" in distinct.columns:
-        further.append("known_at")
+    further = [name for name in FURTHER if name in distinct.columns]
     # 6. code ids
     users = _coded(distinct["user_id"].unique(), "user")
     if raw.users is not None:
@@ -323,14 +320,16 @@ def build_interactions(raw: RawLogs, protocol: Protocol) -> Interactions:
     rows = distinct.join(users, on="user_id").join(
         items.select("item_id", "item"), on="item_id"
     )
-    rows = (
-        rows.sort("timestamp", "user", "item")
-        .with_row_index("row_id")
-        .cast({"row_id": pl.Int64})
-    )
+    rows = rows.sort("timestamp", "user", "item")
     return Interactions(
         rows.select(
-            *("row_id", "user", "item", "timestamp", "label", "rating"),
+            pl.int_range(pl.len()).alias("row_id"),
+            "user",
+            "item",
+            "timestamp",
+            "label",
+            "rating",
+            *context.columns,
             *further,
             given_split="split",
         ),
@@ -411,11 +410,9 @@ def _without_duplicates(
 def _coded(ids: pl.Series, code: str) -> pl.DataFrame:
     """Column `code` (Int32, 0..) and the ids: in numeric order if all are integers, else as strings."""
     number = ids.cast(pl.Int64, strict=False)
-    order = ["number", ids.name] if number.null_count() == 0 else [ids.name]
-    ordered = (
-        pl.DataFrame({ids.name: ids, "number": number}).sort(order).with_row_index(code)
-    )
-    return ordered.select(pl.col(code).cast(pl.Int32), ids.name)
+    order = [number, ids] if number.null_count() == 0 else [ids]
+    place = pl.int_range(pl.len(), dtype=pl.Int32).alias(code)
+    return ids.to_frame().sort(order).select(place, ids.name)
 
 
 @dataclass(frozen=True)
@@ -511,9 +508,6 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
     # 4. folds of validation
     folds = _folds(interactions.users["user_id"], protocol).gather(rows["user"])
     rows = rows.with_columns(fold=pl.when(pl.col("split") == "valid").then(folds))
-    rows = rows.select(
-        *interactions.rows.columns, "hist", "split", "fold", "role", "hidden"
-    )
     if interactions.own_scores is not None:
         rows = _with_own_scores(rows, interactions.own_scores, protocol)
     # 5. negatives beside the targets
@@ -522,7 +516,7 @@ def apply_protocol(interactions: Interactions, protocol: Protocol) -> SplitInter
         drawn = draw_negatives(rows, protocol.negatives, items_hidden, protocol.seed)
         rows = pl.concat([rows.with_columns(sampled=pl.lit(False)), drawn])
         rows = rows.sort("timestamp", "user", "sampled", "item")
-        rows = rows.with_columns(row_id=pl.int_range(pl.len(), dtype=pl.Int64))
+        rows = rows.with_columns(row_id=pl.int_range(pl.len()))
         interactions = replace(interactions, rows=rows.select(interactions.rows.columns))
     # 6. check and describe
     _check_targets(rows, protocol)
@@ -552,11 +546,9 @@ def _with_own_scores(rows: pl.DataFrame, column: str, protocol: Protocol) -> pl.
 
 def answered(rows: pl.DataFrame) -> pl.Series:
     """Whether each row is an answer of its user (Boolean): sampled negatives are not, so nothing may read them."""
-    return (
-        ~rows["sampled"]
-        if "sampled" in rows.columns
-        else pl.repeat(True, rows.height, eager=True)
-    )
+    if "sampled" in rows.columns:
+        return ~rows["sampled"]
+    return pl.repeat(True, rows.height, eager=True)
 
 
 def _ordered(
@@ -570,20 +562,21 @@ def _ordered(
     rows = interactions.rows
     place = np.argsort(np.random.default_rng(protocol.seed).permutation(rows.height))
     keyed = rows.with_columns(split=_splits(rows, protocol), place=place)
-    late = pl.col("given_split").fill_null("") != "history"
+    late = pl.col("given_split").ne_missing("history")
+    position = pl.int_range(pl.len())
     keyed = keyed.sort("split", late, "place").with_columns(
-        pl.int_range(pl.len(), dtype=pl.Int64).alias("row_id"),
-        pl.int_range(pl.len()).cast(pl.Float64).alias("timestamp"),
+        row_id=position, timestamp=position.cast(pl.Float64)
     )
     return replace(interactions, rows=keyed.select(rows.columns)), keyed["split"]
 
 
 def _with_roles(rows: pl.DataFrame, protocol: Protocol) -> pl.DataFrame:
-    known = pl.Series("known", known_at(rows))
-    earlier = pl.col("known").sort().search_sorted(pl.col("timestamp"), side="left")
-    hist = rows.with_columns(known).select(earlier.over("user").cast(pl.Int32)).to_series()
-    rows = rows.with_columns(hist=hist, role=pl.lit("target", pl.Enum(ROLES)))
-    is_history = pl.col("given_split").fill_null("") == "history"
+    known = pl.col("known_at" if "known_at" in rows.columns else "timestamp")
+    earlier = known.sort().search_sorted(pl.col("timestamp"), side="left")
+    rows = rows.with_columns(
+        hist=earlier.over("user").cast(pl.Int32), role=pl.lit("target", pl.Enum(ROLES))
+    )
+    is_history = pl.col("given_split") == "history"
     return _as_context(rows, (pl.col("hist") < protocol.minimum_history) | is_history)
 
 
@@ -595,8 +588,8 @@ def _with_only(interactions: Interactions, kept: pl.Series) -> Interactions:
     return replace(
         interactions,
         rows=rows.with_columns(
-            pl.int_range(pl.len(), dtype=pl.Int64).alias("row_id"),
-            pl.col("user").replace_strict(users["user"], codes, return_dtype=pl.Int32),
+            row_id=pl.int_range(pl.len()),
+            user=pl.col("user").replace_strict(users["user"], codes),
         ),
         users=users.with_columns(user=codes),
     )
@@ -634,14 +627,11 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             behind = [pl.col("timestamp") >= second for second in seconds]
         case "user_time":
             # the time of a user's row at the cut; a user without one has all rows before it
-            cuts = [
-                (share * pl.len()).round(6).floor()
+            at = [
+                pl.when(place >= (share * pl.len()).round(6).floor()).then("timestamp")
                 for share in np.cumsum(protocol.shares)[:2]
             ]
-            at = [
-                pl.when(place >= cut).then("timestamp").min().over("user") for cut in cuts
-            ]
-            behind = [(pl.col("timestamp") >= time).fill_null(False) for time in at]
+            behind = [pl.col("timestamp") >= time.min().over("user") for time in at]
         case "random":
             # place of each row
             shuffled = np.argsort(
@@ -654,7 +644,7 @@ def _splits(rows: pl.DataFrame, protocol: Protocol) -> pl.Series:
             # the user's later rows in the sorted order
             later = place.reverse().over("user")
             behind = [later < 2, later < 1]
-    # how many of the two cuts each row lies behind
+    # how many of the two cuts each row lies behind; null is none
     passed = rows.select(pl.sum_horizontal(behind)).to_series()
     return passed.replace_strict(dict(enumerate(SPLITS)), return_dtype=pl.Enum(SPLITS))
 
@@ -752,7 +742,6 @@ def _manifest(
     """
     log = rows.filter(answered(rows))
     targets = rows.filter(role="target")
-    context = rows.filter(role="context")
     by_split = {split: targets.filter(split=split) for split in SPLITS}
     by_fold = {fold: targets.filter(fold=fold) for fold in FOLDS}
 
@@ -773,21 +762,23 @@ def _manifest(
         "order": "by time" if dated else "shuffled",
         "times": [moment(rows["timestamp"][k]) for k in (0, -1) if dated],
         "counts": {split: part.height for split, part in by_split.items()},
-        "positives": {split: int(part["label"].sum()) for split, part in by_split.items()},
-        "context": {split: context.filter(split=split).height for split in SPLITS},
+        "positives": {split: part["label"].sum() for split, part in by_split.items()},
+        "context": {
+            split: rows.filter(role="context", split=split).height for split in SPLITS
+        },
         "folds": {
             fold: {
                 "targets": part.height,
                 "users": part["user"].n_unique(),
-                "positives": int(part["label"].sum()),
+                "positives": part["label"].sum(),
             }
             for fold, part in by_fold.items()
         },
         "cold_user_share": cold("user"),
         "cold_item_share": cold("item"),
-        "tie_share": float(
-            log.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()
-        ),
+        "tie_share": log.select(
+            pl.struct("user", "timestamp").is_duplicated().mean()
+        ).item(),
         "not_read": list(interactions.not_read),
     } | (
         {"columns": describe(targets, interactions.users, interactions.columns)}

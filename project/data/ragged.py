@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -20,10 +21,8 @@ class Ragged:
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
         """Build from Python lists."""
-        lengths = np.fromiter((len(x) for x in lists), dtype=np.int64, count=len(lists))
-        flat = np.fromiter(
-            (v for x in lists for v in x), dtype=np.int64, count=int(lengths.sum())
-        )
+        lengths = np.fromiter(map(len, lists), np.int64)
+        flat = np.fromiter(chain.from_iterable(lists), np.int64)
         return cls(flat, offsets_of(lengths))
 
     def __len__(self) -> int:
@@ -49,9 +48,7 @@ class Ragged:
 
 def offsets_of(lengths: I64) -> I64:
     """(n + 1,) exclusive running sum of `lengths` with the total at the end."""
-    out = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=out[1:])
-    return out
+    return np.append(0, np.cumsum(lengths))
 
 
 def within(lengths: I64) -> I64:

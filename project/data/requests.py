@@ -245,10 +245,8 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
             raise DataError(
                 f"{file} (data.requests) cannot be read as Parquet: {error}"
             ) from error
-        yield from (
-            (f"row {number}", record)
-            for number, record in enumerate(table.to_dicts(), start=1)
-        )
+        for number, record in enumerate(table.to_dicts(), start=1):
+            yield f"row {number}", record
         return
     for number, line in enumerate(
         file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1
@@ -309,15 +307,15 @@ def request_of(record: Mapping[str, Any]) -> RankRequest:
 
 
 def _history_row(row: dict[str, Any]) -> HistoryRow:
-    own = ("label", "time", "rating")
-    columns = {name: value for name, value in row.items() if name not in own}
-    label = row.get("label")
-    rating = row.get("rating")
+    item = dict(row)
+    label = item.pop("label", None)
+    rating = item.pop("rating", None)
+    time = item.pop("time", None)
     if label is None and rating is None:
         raise DataError(
             f"history: found {shown(row)}; expected {EXAMPLE_HISTORY} with label 0 or 1, or a rating."
         )
-    return HistoryRow(item_of(columns), label, _seconds(row.get("time")), rating)
+    return HistoryRow(item_of(item), label, _seconds(time), rating)
 
 
 def _seconds(value: Any) -> float | None:
@@ -405,12 +403,12 @@ def without_long(
     for place, request in zip(places, requests.requests, strict=False):
         candidates = tuple(map(id_of, request.candidates))
         named = (*candidates, *(id_of(row.item) for row in request.history or ()))
-        longest = max(named, key=lambda item_id: lengths[requests.codes[item_id]])
-        tokens = int(lengths[requests.codes[longest]])
-        if tokens <= context_tokens:
+        tokens_of = {item_id: int(lengths[requests.codes[item_id]]) for item_id in named}
+        longest = max(named, key=tokens_of.__getitem__)
+        if tokens_of[longest] <= context_tokens:
             kept.append(request)
             continue
-        problem = _too_long(longest, tokens, context_tokens)
+        problem = _too_long(longest, tokens_of[longest], context_tokens)
         error = f"request {request.request_id!r}: {problem}. Give it a shorter title."
         invalid[place] = InvalidRequest(place, request.request_id, candidates, error)
     found = sorted(invalid.values(), key=lambda one: one.place)
@@ -438,10 +436,8 @@ def request_streams(
     asked = {users[r.user_id] for r in requests.requests if r.user_id in users}
     log = split.rows.filter(answered(split.rows), pl.col("user").is_in(sorted(asked)))
     log = log.with_columns(known_at=known_at(log))
-    log = log.select(
-        "user", "item", "row_id", "timestamp", "known_at", "label", "rating"
-    ).join(retrieved, on="row_id")
-    log = log.sort("user", "row_id")
+    names = ("user", "item", "row_id", "timestamp", "known_at", "label", "rating")
+    log = log.select(names).join(retrieved, on="row_id").sort("user", "row_id")
     if split.protocol.answer_delay:  # as in training
         log = until_known(log)
     of_user = log["user"].to_numpy()  # (rows,) ascending
@@ -467,26 +463,18 @@ def request_streams(
             fresh.append((stream, user, item, row_id, time, -1, np.nan, True))
             row_id += 1
     # 2. retrieved features of the rows outside the log
-    names = [
-        "stream",
-        "user",
-        "item",
-        "row_id",
-        "timestamp",
-        "label",
-        "rating",
-        "candidate",
-    ]
-    new = pl.DataFrame(fresh, schema=names, orient="row").with_columns(
+    columns = ("stream", *names[:4], "label", "rating", "candidate")
+    new = pl.DataFrame(fresh, schema=columns, orient="row").with_columns(
         pl.col("timestamp", "rating").cast(pl.Float64)
     )
     new = pl.concat([new, retrieve(new).drop("row_id", strict=False)], how="horizontal")
     # 3. a stream each, candidates last: nobody sees them
-    table = pl.concat(
-        [*(k.select(new.columns) for k in known), new], how="vertical_relaxed"
+    tables = [*(k.select(new.columns) for k in known), new]
+    table = (
+        pl.concat(tables, how="vertical_relaxed")
+        .with_columns(user="stream")
+        .sort("stream", "candidate", "timestamp", maintain_order=True)
     )
-    table = table.with_columns(user=pl.col("stream"))
-    table = table.sort("stream", "candidate", "timestamp", maintain_order=True)
     candidate = table["candidate"].to_numpy()
     return streams_of(table, candidate, ~candidate, encoder)
 
@@ -545,7 +533,7 @@ def catalogue_requests(
     past = split.rows.filter(
         answered(split.rows), pl.col("user").is_in(targets["user"].unique().implode())
     )
-    rated = {user: rows for (user,), rows in past.group_by("user", maintain_order=True)}
+    rated = past.partition_by("user", as_dict=True)
     log = split.interactions
     items = log.items
     ids = items["item_id"].to_list()
@@ -557,7 +545,7 @@ def catalogue_requests(
         request_id = f"catalogue/{part}/{row['row_id']}"
         # 1. candidates
         rng = np.random.default_rng([seed, row["row_id"]])
-        earlier = rated[user].filter(known_at(rated[user]) < time)
+        earlier = rated[user,].filter(known_at(rated[user,]) < time)
         free = np.ones(len(ids), dtype=bool)
         free[earlier["item"].to_numpy()] = free[row["item"]] = False
         others = rng.permutation(np.flatnonzero(free))[: candidates - 1]

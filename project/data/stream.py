@@ -43,7 +43,7 @@ class Window:
 def time_groups(timestamps: F64) -> I64:
     """(g + 1,) stream positions where the timestamp changes, with 0 and n at the ends."""
     change = np.flatnonzero(np.diff(timestamps)) + 1
-    return np.concatenate([[0], change, [len(timestamps)]]).astype(np.int64)
+    return np.concatenate([[0], change, [len(timestamps)]])
 
 
 def context_starts(lengths: I64, groups: I64, context_tokens: int) -> I64:
@@ -224,14 +224,14 @@ def streams_of(
             similar.append(features["similar_after"])
     # 2. a stream each user, with an instruction each
     starts = np.flatnonzero(np.diff(joined["user"].to_numpy())) + 1
-    offsets = np.concatenate([[0], starts, [joined.height]]).astype(np.int64)
+    offsets = np.concatenate([[0], starts, [joined.height]])
     users = len(offsets) - 1
     ends = len(encoder.instruction) * np.arange(users + 1)
     instructions = Ragged(np.tile(encoder.instruction, users), ends)
     streams = Streams(
         offsets=offsets,
-        row_id=joined["row_id"].to_numpy().astype(np.int64),
-        timestamp=joined["timestamp"].to_numpy().astype(np.float64),
+        row_id=joined["row_id"].to_numpy(),
+        timestamp=joined["timestamp"].to_numpy(),
         label=label,
         target=target,
         context=context,

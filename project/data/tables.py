@@ -22,9 +22,7 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
     """A .csv, .tsv, .parquet or RecBole (.inter, .item, .user) file; adds its SHA-256 to `sums` under its name."""
     if not path.is_file():
         raise DataError(f"File {path} does not exist (looked for it from {Path.cwd()}).")
-    with path.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-    sums[path.name if path.name not in sums else str(path)] = checksum
+    sums[path.name if path.name not in sums else str(path)] = sha256_of(path)
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".parquet", *ATOMIC):
         raise DataError(
@@ -62,6 +60,12 @@ def read_table(path: Path, sums: dict[str, str]) -> pl.DataFrame:
             f"File {path} has no data rows (columns: {', '.join(table.columns)})."
         )
     return table.rename(lambda column: column.split(":")[0]) if atomic else table
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require(
