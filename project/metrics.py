@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from project.arrays import F64, I64
-from project.results import HeadMetrics, SessionMetrics
+from project.results import HeadMetrics, Losses, SessionMetrics
 
 # of labels, probabilities and users, (n,) each
 OwnMetric = Callable[[Any, Any, Any], float | None]
@@ -78,11 +78,11 @@ def ece(probability: ArrayLike, labels: ArrayLike, bins: int = 15) -> float | No
 def aucs_by_user(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> tuple[F64, F64]:
     """AUCs and rows of the users with both classes, (u,) each, users ascending."""
     values, positive = checked(scores, labels)
-    code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
+    code = np.unique(users, return_inverse=True)[1]
     rows = np.bincount(code).astype(np.float64)
     # ranks inside each user, by the rank sum (Mann and Whitney 1947): users apart, then
     # levels of the score
-    level = np.unique(values, return_inverse=True)[1].reshape(-1)
+    level = np.unique(values, return_inverse=True)[1]
     rank = rankdata(code * values.size + level) - (np.cumsum(rows) - rows)[code]
     positives = np.bincount(code, weights=positive).astype(np.float64)
     # by user, pairs in the right order, ties half
@@ -103,14 +103,14 @@ def session_metrics(
     sessions, weighted by rows.
     """
     values, positive = checked(scores, labels)
-    code = np.unique(np.asarray(sessions), return_inverse=True)[1].reshape(-1)
+    code = np.unique(sessions, return_inverse=True)[1]
     # 1. rows of sessions with both labels, by session, then best first
     rows = np.bincount(code)
     likes = np.bincount(code, weights=positive)
     both = (likes > 0) & (likes < rows)
     order = np.lexsort((-values, code))
     order = order[both[code[order]]]
-    code = np.unique(code[order], return_inverse=True)[1].reshape(-1)  # from 0 again
+    code = np.unique(code[order], return_inverse=True)[1]  # from 0 again
     values, positive = values[order], positive[order]
     count = int(both.sum())
     if not count:
@@ -142,19 +142,26 @@ def session_metrics(
     }
 
 
+def losses(logits: ArrayLike, labels: ArrayLike) -> Losses:
+    """Of the probabilities that logits (n,) make."""
+    chance = probabilities(logits)
+    return {
+        "log_loss": log_loss(chance, labels),
+        "brier": brier(chance, labels),
+        "ece": ece(chance, labels),
+    }
+
+
 def head_metrics(logits: ArrayLike, labels: ArrayLike, users: ArrayLike) -> HeadMetrics:
     """All metrics of one head's or baseline's logits in a result file (JSON values; None = undefined)."""
-    probability = probabilities(logits)
     inside = aucs_by_user(logits, labels, users)[0]
     return {
-        "n": int(probability.size),
+        "n": np.asarray(logits).size,
         "auc": auc(logits, labels),
-        "log_loss": log_loss(probability, labels),
-        "brier": brier(probability, labels),
-        "ece": ece(probability, labels),
+        **losses(logits, labels),
         "uauc": {
             "value": float(inside.mean()) if inside.size else None,
-            "users": int(inside.size),
+            "users": inside.size,
         },
     }
 

@@ -26,7 +26,7 @@ class Difference(Estimate):
 
 
 class UserMean(TypedDict):
-    """A mean of AUCs inside users, over so many users with both classes."""
+    """A mean over so many users; of AUCs inside users, those with both classes."""
 
     value: float | None
     users: int
@@ -254,18 +254,11 @@ class Head(TypedDict):
     protocol: Mapping[str, Any]
 
 
-class RecallRow(TypedDict):
-    """A mean over so many users."""
-
-    value: float | None
-    users: int
-
-
 class Recall(TypedDict):
     """Share of what users of test liked among candidates, by kind of item or user."""
 
     candidates: int  # of a user
-    recall: dict[str, RecallRow]
+    recall: dict[str, UserMean]
 
 
 class Comparison(TypedDict):

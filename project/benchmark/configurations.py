@@ -57,9 +57,7 @@ def cases(sizes: Sequence[int]) -> list[Case]:
     too long.
     """
     found = [Case(size, cached) for size in sizes for cached in (False, True)]
-    for size in sizes:
-        if size >= 64:
-            found.append(Case(size, True, at_once=TOGETHER))
+    found += [Case(size, True, at_once=TOGETHER) for size in sizes if size >= 64]
     if 64 in sizes:
         found.append(Case(64, False, at_once=TOGETHER))
         found.append(Case(64, False, history=FIXED_HISTORY))
@@ -146,67 +144,55 @@ class Bench:
 
     def configurations(self, case: Case, cache: StreamCache | None) -> list[Configuration]:
         """All configurations of a workload; `cache` holds its histories, None: they are not cached."""
-        # 1. full depth with prepacked weights, which every speed-up is over
+        plan = self.plans.plan
         scored = None
         if case.candidates > LISTED and self.plans.lists.longest >= LISTED:
             scored = self._scored(case.candidates)
-        found = [self._static(self.model.depth, scored, cache)]
+        found = list[Configuration]()
+
+        def add(
+            name: str,
+            policy: str,
+            decision: RowExits,
+            logits: Callable[[HeadOutputs], Tensor],
+        ) -> None:
+            """With AUC and lists by the `logits` that candidates leave with."""
+            made = Configuration(name, policy, Engine(self.module, decision, cache))
+            if self._table is not None:
+                of_rows = logits(plan.outputs(*self._table)).double().numpy()
+                made.auc = auc(of_rows, self._table[0]["label"])
+            if scored is not None:
+                made.quality = scored.quality(logits(scored.outputs), LISTED)
+            found.append(made)
+
+        def add_static(name: str, policy: str, layer: int) -> None:
+            head = plan.layers.index(layer)
+            decision = static_exits(plan, layer, self._device)
+            add(name, policy, decision, lambda outputs: outputs.logits[:, head])
+
+        # 1. full depth with prepacked weights, which every speed-up is over
+        add_static("packed", "full depth", self.model.depth)
         # 2. static exits
         for layer in self.model.exit_layers[:-1]:
             if case.history is None or layer == self.plans.static_exit:
-                found.append(self._static(layer, scored, cache))
+                add_static(f"fixed_depth_{layer}", "static", layer)
         # 3. the run's plan
-        plan = self.plans.plan
         decision = RowExits(plan, self._device)
-        made = Configuration(
-            "early_exit", f"budget: {plan.criterion_name}", self._engine(decision, cache)
-        )
-        self._judge(made, lambda outputs: plan.emitted(outputs)[1], scored)
-        found.append(made)
+        policy = f"budget: {plan.criterion_name}"
+        add("early_exit", policy, decision, lambda outputs: plan.emitted(outputs)[1])
         # 4. lists of the best k
         if scored is not None:
             exits = self.plans.lists.top_k(LISTED).exits(scored.request, scored.outputs)
             decision = ListExits(plan, self.plans.lists, self._device)
-            made = Configuration("top_k", f"best {LISTED}", self._engine(decision, cache))
-            made.quality = scored.quality(list_keys(scored.outputs, exits), LISTED)
-            found.append(made)
+            engine = Engine(self.module, decision, cache)
+            quality = scored.quality(list_keys(scored.outputs, exits), LISTED)
+            found.append(Configuration("top_k", f"best {LISTED}", engine, quality=quality))
         # 5. what bfloat16 wins
         if self.model.in_bfloat16:
             whole = static_exits(plan, self.model.depth, self._device)
             engine = Engine(with_prepacked(self.model, False), whole, cache)
             found.append(Configuration(FLOAT32, "full depth", engine))
         return found
-
-    def _static(
-        self, layer: int, scored: ScoredRequests | None, cache: StreamCache | None
-    ) -> Configuration:
-        """Every candidate leaves at one layer."""
-        plan = self.plans.plan
-        head = plan.layers.index(layer)
-        full = layer == self.model.depth
-        made = Configuration(
-            "packed" if full else f"fixed_depth_{layer}",
-            "full depth" if full else "static",
-            self._engine(static_exits(plan, layer, self._device), cache),
-        )
-        self._judge(made, lambda outputs: outputs.logits[:, head], scored)
-        return made
-
-    def _engine(self, decision: RowExits, cache: StreamCache | None) -> Engine:
-        return Engine(self.module, decision, cache)
-
-    def _judge(
-        self,
-        made: Configuration,
-        logits: Callable[[HeadOutputs], Tensor],
-        scored: ScoredRequests | None,
-    ) -> None:
-        """Note the AUC of the rows of test, and the lists of `scored`, by the logits that candidates leave with."""
-        if self._table is not None:
-            of_rows = logits(self.plans.plan.outputs(*self._table)).double().numpy()
-            made.auc = auc(of_rows, self._table[0]["label"])
-        if scored is not None:
-            made.quality = scored.quality(logits(scored.outputs), LISTED)
 
     def _scored(self, candidates: int) -> ScoredRequests:
         """Catalogue requests of test, scored at every head."""

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import polars as pl
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
@@ -30,9 +29,10 @@ from project.engine.cache import StreamCache
 from project.engine.predict import load_run
 from project.engine.requests import PreparedRequest, prepare_requests
 from project.errors import NotFittedError
+from project.evaluation.baselines import targets_of
 from project.evaluation.bootstrap import UNDEFINED, UserBootstrap
 from project.report.tables import render
-from project.results import EngineResult, Timed, Workload
+from project.results import EngineResult, EngineRow, Timed
 from project.run import result_head, write_json
 
 if TYPE_CHECKING:
@@ -124,22 +124,9 @@ def run_engine(
     for case in wanted:
         most = max(REQUESTS.get(case.candidates, 8), 2 * case.at_once)
         requests = drawn(most, case.candidates, case.history)
-        workload: Workload = {
-            "candidates": case.candidates,
-            "prefix_cached": case.prefix_cached,
-            "history": case.history,
-            "at_once": case.at_once,
-            "dtype": bench.dtype,
-        }
-        rows = measured_rows(bench, case, requests, seconds / len(wanted))
-        result["rows"] += [
-            {
-                **workload,
-                **row,
-                "dtype": FLOAT32 if row["engine"] == FLOAT32 else bench.dtype,
-            }
-            for row in rows
-        ]
+        for row in measured_rows(bench, case, requests, seconds / len(wanted)):
+            dtype = FLOAT32 if row["engine"] == FLOAT32 else bench.dtype
+            result["rows"].append(cast(EngineRow, {**vars(case), "dtype": dtype, **row}))
         # what is measured stays measured, whatever happens to the next workload
         path = write_json(folder / "results" / "benchmark.json", result)
     Console(width=190).print(Markdown(render(result)), f"written: {path}")
@@ -155,8 +142,7 @@ def possible_cases(sizes: Sequence[int], split: SplitInteractions) -> list[Case]
         Console().print(
             f"no requests of {left_out} candidates: the catalogue has {items} items."
         )
-    tested = split.rows.filter((pl.col("split") == "test") & (pl.col("role") == "target"))
-    longest = max(tested["hist"].to_list(), default=0)
+    longest = max(targets_of(split.rows, "test")["hist"].to_list(), default=0)
     return [case for case in cases(kept) if (case.history or 0) <= longest]
 
 

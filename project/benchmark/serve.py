@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -188,8 +189,9 @@ def run_load(run: Path, seconds: float) -> ServeResult:
     ranker.monitor.share = AUDIT_SHARE
     endless = {depth: cycle(asked[depth]) for depth in DEPTHS}
     # 2. rounds
-    found = dict[tuple[int, str], list[tuple[Driven, float]]]()
-    costs = dict[tuple[int, str], list[tuple[float, ...]]]()  # before and after, in turns
+    found = defaultdict[tuple[int, str], list[tuple[Driven, float]]](list)
+    # before and after, in turns
+    costs = defaultdict[tuple[int, str], list[tuple[float, ...]]](list)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         full, plan = (
             stack.enter_context(serving(run, whole, Path(folder)))[1]
@@ -207,13 +209,13 @@ def run_load(run: Path, seconds: float) -> ServeResult:
         for _ in range(ROUNDS):
             for users in USERS:
                 for depth, address in servers.items():
-                    cost = costs.setdefault((users, depth), [])
+                    cost = costs[users, depth]
                     cost.append(spent_by(address))
                     driven = drive(address, sent[depth], users=users, seconds=part)
                     cost.append(spent_by(address))
                     ranker.full_depth = depth == "full"
                     alone = ranker_rate(ranker, endless[depth], users, part)
-                    found.setdefault((users, depth), []).append((driven, alone))
+                    found[users, depth].append((driven, alone))
     # 3. rows, beside full depth with as many users
     loads = {key: load_row(*key, rounds) for key, rounds in found.items()}
     rows = list[ServeRow]()

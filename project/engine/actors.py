@@ -52,7 +52,8 @@ def run_actors(
     files = sorted(Path(source).glob("*.parquet")) if source else []
     files = files or [requests_path(source)]
     parts = max(LEAST_PARTS, sum(file.stat().st_size for file in files) // PART_BYTES)
-    sums = [sha256_of(Path(file)) for file in (str(checkpoint), *map(str, files))]
+    names = [str(file) for file in files]
+    sums = [sha256_of(Path(file)) for file in (str(checkpoint), *names)]
     about["made_of"] = hashlib.sha256(" ".join([str(parts), *sums]).encode()).hexdigest()
     done = set[int]()
     for file in folder.glob("part-*.parquet"):
@@ -65,7 +66,6 @@ def run_actors(
     import ray
 
     ray.init(ignore_reinit_error=True, include_dashboard=False)
-    names = [str(file) for file in files]
     cut = folder / ".requests"
     if files[0].suffix == ".parquet":
         rows = ray.data.read_parquet(names)

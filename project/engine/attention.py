@@ -61,11 +61,6 @@ class Row:
         return np.repeat(first, length) + within(length)
 
     @property
-    def tokens(self) -> int:
-        """T."""
-        return int(self.stream.sum() + self.own.sum())
-
-    @property
     def streams(self) -> I64:
         """(r + 1,) where each stream starts; the last entry is where candidates begin."""
         return offsets_of(self.stream)

@@ -31,9 +31,7 @@ class RowExits:
     lists = Lists()  # that it decides
 
     def __init__(self, plan: ExitPlan, device: torch.device | str = "cpu") -> None:
-        self._plan = ExitPlan.from_state(
-            move_data_to_device(plan.state(), torch.device(device))
-        )
+        self._plan = ExitPlan.from_state(move_data_to_device(plan.state(), device))
         self._thresholds: list[float] = plan.thresholds.tolist()  # (K,)
         self.layers = self._plan.layers
         self.calibration = self._plan.calibration
@@ -62,7 +60,7 @@ class ListExits(RowExits):
     ) -> None:
         super().__init__(plan, device)
         self.lists = lists
-        self._moved = Lists(move_data_to_device(lists.margins, torch.device(device)))
+        self._moved = Lists(move_data_to_device(lists.margins, device))
 
     def known(self, head: int, list_of: I64) -> bool | None:
         """The same for all: the plan's, and of lists that nobody leaves where the margin is infinite."""
@@ -128,10 +126,9 @@ def static_exits(
     if plan.exit_0 and layer > 0:
         heads = [0, *heads]  # its logit is a term of the calibration
     layers = tuple(plan.layers[h] for h in heads)
-    thresholds = torch.full((len(heads),), torch.inf, dtype=torch.float64)
-    thresholds[-1] = -torch.inf
     calibration = Calibration(layers, plan.calibration.values[heads])
-    return RowExits(ExitPlan(calibration, Ratio(), thresholds), device)
+    cut = ExitPlan(calibration, Ratio(), plan.thresholds[heads])
+    return RowExits(nobody_leaves(cut), device)
 
 
 def nobody_leaves(plan: ExitPlan) -> ExitPlan:

@@ -161,8 +161,7 @@ class EngineBatch:
         self.cached = np.zeros(len(requests), dtype=np.int64)
         if engine.cache is not None:
             for i, r in enumerate(requests):
-                if r.user is not None:
-                    self.cached[i] = engine.cache.common(r.user, r.stream)
+                self.cached[i] = engine.cache.common(r.user, r.stream)
         # 2. Of all candidates.
         # (N,) which of the R requests it belongs to
         self.request_of = np.repeat(np.arange(len(requests)), counts)
@@ -216,7 +215,7 @@ class EngineBatch:
             known = decision.known(head, self._lists())
             is_last = head == len(decision.layers) - 1
             if known or (
-                known is None and (is_last or self.row.tokens >= engine.read_tokens)
+                known is None and (is_last or self.row.starts[-1] >= engine.read_tokens)
             ):
                 if any(stream.waits_unread(depth) for stream in self._row_streams()):
                     state = self._compact(state, depth)
@@ -345,10 +344,9 @@ class EngineBatch:
             for depth in stream.waiting
             if start <= depth < stop
         }
-        stops = {start, stop} | waiting
-        if start <= (end := self.engine.backbone.history_layers) < stop:
-            stops.add(end)
-        for first, last in pairwise(sorted(stops)):
+        # where histories end, if that is on the way
+        end = min(max(start, self.engine.backbone.history_layers), stop)
+        for first, last in pairwise(sorted({start, stop, end} | waiting)):
             if first in waiting:
                 state = self._compact(state, first)
             state = self._end_history(state, first)

@@ -126,19 +126,20 @@ def prepare_requests(
         candidates = streams.row_id[scored]
         instruction = streams.tokens[own]
         history = streams.tokens.take(context)
-        made = PreparedRequest(
-            request.request_id,
-            shared_prefix(
-                instruction, history, streams.timestamp[context], data.context_tokens
-            ),
-            until_slots(streams.tokens.take(scored), streams.slots[scored]),
-            exit_0[candidates],
-            features[candidates],
-            request.user_id,
-            np.inf if request.deadline is None else request.deadline,
-            request.list_of,
+        prepared.append(
+            PreparedRequest(
+                request.request_id,
+                shared_prefix(
+                    instruction, history, streams.timestamp[context], data.context_tokens
+                ),
+                until_slots(streams.tokens.take(scored), streams.slots[scored]),
+                exit_0[candidates],
+                features[candidates],
+                request.user_id,
+                np.inf if request.deadline is None else request.deadline,
+                request.list_of,
+            )
         )
-        prepared.append(made)
     return prepared
 
 

@@ -24,7 +24,7 @@ from project.features import (
     fit_terms,
     logistic_regression,
 )
-from project.metrics import auc, brier, ece, log_loss, probabilities
+from project.metrics import auc, losses
 from project.results import BaselineRow, Difference
 
 CATEGORIES = 250  # values of a column that boosting tells apart; it takes 255
@@ -34,6 +34,7 @@ SINGLE_FEATURE = {
     "item_rate": "item_log_odds",
     "user_rate": "user_log_odds",
     "neighbour_vote": "vote_log_odds",
+    "mf_fold_in": "mf_log_odds",
 }
 
 
@@ -101,46 +102,36 @@ def fit_baselines(
 
     labels = train_labels(rows)
     base = float(labels.mean())
-    tables = {
-        s: targets_table(rows, retrieved, s) for s in dict.fromkeys(["train", *splits])
-    }
-    scored = [*splits]
+    tables = {s: targets_table(rows, retrieved, s) for s in ("train", *splits)}
     if further is not None:
         tables["further"] = further
-        scored.append("further")
-    train = feature_matrix(tables["train"], base)
-    features = {name: feature_matrix(tables[name], base) for name in scored}
+    features = {s: feature_matrix(table, base) for s, table in tables.items()}
+    train = features["train"]
 
-    def fitted(model: Any, train: F64, features: Mapping[str, F64]) -> dict[str, F64]:
-        model.fit(train, labels)
+    def fitted(model: Any, features: Mapping[str, F64]) -> dict[str, F64]:
+        model.fit(features["train"], labels)
         return {
             split: np.asarray(model.decision_function(x), np.float64)
             if len(x)
             else np.zeros(0)
             for split, x in features.items()
+            if split in ("further", *splits)
         }
 
     def learned(model: Any, columns: slice) -> dict[str, F64]:
-        return fitted(
-            model, train[:, columns], {s: x[:, columns] for s, x in features.items()}
-        )
+        return fitted(model, {s: x[:, columns] for s, x in features.items()})
 
     logits = {} if own_scores is None else {own_scores: _own_logits(rows, splits)}
     # 1. single features
-    singles = SINGLE_FEATURE | (
-        {"mf_fold_in": "mf_log_odds"} if "mf" in retrieved["train"].columns else {}
-    )
-    logits |= {
-        name: {s: x[:, FEATURES.index(f)] for s, x in features.items()}
-        for name, f in singles.items()
-    }
+    for name, feature in SINGLE_FEATURE.items():
+        if name != "mf_fold_in" or "mf" in retrieved["train"].columns:
+            column = FEATURES.index(feature)
+            logits[name] = {s: x[:, column] for s, x in features.items()}
     # 2. models of several features; of two that are equally accurate `best_baseline` takes
     # the first, so the simpler model stands first. One thread: thousands of short parallel
     # loops cost 30 s instead of 1 s on busy cores.
-    rates, no_text = (
-        slice(FEATURES.index("vote_log_odds")),
-        slice(len(FEATURES) - len(TEXT_FEATURES)),
-    )
+    rates = slice(FEATURES.index("vote_log_odds"))
+    no_text = slice(-len(TEXT_FEATURES))
     with threadpool_limits(1):
         logits["lr_rates"] = learned(logistic_regression(), rates)
         logits["lr_features"] = learned(logistic_regression(), no_text)
@@ -152,7 +143,7 @@ def fit_baselines(
         if kinds:
             terms = fit_terms(tables["train"], kinds, base)
             wide = {s: feature_matrix(table, base, terms) for s, table in tables.items()}
-            logits["lr_context"] = fitted(logistic_regression(), wide["train"], wide)
+            logits["lr_context"] = fitted(logistic_regression(), wide)
             numbers = [*range(len(FEATURES))]
             numbers += [k for k, t in enumerate(terms, len(FEATURES)) if t.kind != "is"]
             known = known_categories(tables["train"], kinds)
@@ -161,7 +152,7 @@ def fit_baselines(
                 for s, x in wide.items()
             }
             model = boosting([len(numbers) + k for k in range(len(known))])
-            logits["gbdt_context"] = fitted(model, wide["train"], wide)
+            logits["gbdt_context"] = fitted(model, wide)
     return [
         Baseline(
             name,
@@ -246,8 +237,8 @@ def baseline_rows(
     found = list[BaselineRow]()
     for split, fold in parts:
         part = targets_of(rows, split, fold)
-        labels = part["label"].to_numpy()
-        bootstrap = UserBootstrap(part["user"].to_numpy(), draws)
+        labels = part["label"]
+        bootstrap = UserBootstrap(part["user"], draws)
         for baseline, calibration in zip(baselines, calibrations, strict=True):
             logits = baseline.logits(part["row_id"])
             row: BaselineRow = {
@@ -259,12 +250,7 @@ def baseline_rows(
                 "chosen": baseline.chosen,
             }
             if calibration is not None and fold != "select":
-                chance = probabilities(calibration.apply(logits))
-                row["calibrated"] = {
-                    "log_loss": log_loss(chance, labels),
-                    "brier": brier(chance, labels),
-                    "ece": ece(chance, labels),
-                }
+                row["calibrated"] = losses(calibration.apply(logits), labels)
             found.append(row)
     return found
 
@@ -272,18 +258,20 @@ def baseline_rows(
 def best_baseline(baselines: Sequence[Baseline], rows: pl.DataFrame) -> Baseline | None:
     """The baseline of highest AUC on valid's tune fold (the first of equals), None where that is undefined."""
     tune = targets_of(rows, "valid", "tune")
-    labels = tune["label"].to_numpy()
-    scored = [
-        (auc(baseline.logits(tune["row_id"]), labels), baseline) for baseline in baselines
-    ]
+    scored = [(auc(b.logits(tune["row_id"]), tune["label"]), b) for b in baselines]
     defined = [(value, baseline) for value, baseline in scored if value is not None]
     return max(defined, key=lambda pair: pair[0])[1] if defined else None
 
 
 def targets_of(rows: pl.DataFrame, split: str, fold: str | None = None) -> pl.DataFrame:
     """Targets of a split, or of one fold of validation, in the order of `rows`."""
-    chosen = (pl.col("role") == "target") & (pl.col("split") == split)
-    return rows.filter(chosen if fold is None else chosen & (pl.col("fold") == fold))
+    return part_of(rows.filter(role="target"), split, fold)
+
+
+def part_of(table: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
+    """Rows of one split, or of one fold of validation."""
+    part = table.filter(split=split)
+    return part if fold is None else part.filter(fold=fold)
 
 
 def train_labels(rows: pl.DataFrame) -> NDArray[Any]:
@@ -333,8 +321,8 @@ class AgainstBaseline:
         known = rows.select("row_id", "user", "label")
         part = wanted.join(known, on="row_id", how="left", maintain_order="left")
         self.name = baseline.name
-        self._labels = part["label"].to_numpy()
-        self._bootstrap = UserBootstrap(part["user"].to_numpy())
+        self._labels = part["label"]
+        self._bootstrap = UserBootstrap(part["user"])
         self._logits = baseline.logits(row_ids)
 
     def difference(self, logits: ArrayLike) -> Difference:

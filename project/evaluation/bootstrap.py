@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from project.arrays import F64, I64
+from project.arrays import F64
 from project.metrics import Pairs, auc, checked, head_metrics, probabilities, row_log_loss
 from project.results import Estimate, Metrics
 
@@ -24,8 +24,7 @@ class UserBootstrap:
     """
 
     def __init__(self, users: ArrayLike, draws: int = 1000, seed: int = 0) -> None:
-        found, code = np.unique(np.asarray(users), return_inverse=True)
-        self._user: I64 = code.reshape(-1)
+        found, self._user = np.unique(users, return_inverse=True)
         count = max(found.size, 1)
         drawn = np.random.default_rng(seed).multinomial(
             count, np.full(count, 1.0 / count), size=draws
@@ -92,16 +91,13 @@ class UserBootstrap:
         self._same_rows(values)
         digest = hashlib.sha256(values.tobytes() + positive.tobytes()).digest()
         if digest not in self._known:
-            pairs, step = (
-                Pairs(values, positive),
-                max(1, CHUNK_ELEMENTS // max(values.size, 1)),
-            )
-            chunks = (
-                self._times[i : i + step][:, self._user]
-                for i in range(0, len(self._times), step)
-            )
+            pairs = Pairs(values, positive)
+            step = max(1, CHUNK_ELEMENTS // max(values.size, 1))
             self._known[digest] = np.concatenate(
-                [pairs.weighted_auc(chunk) for chunk in chunks]
+                [
+                    pairs.weighted_auc(self._times[i : i + step][:, self._user])
+                    for i in range(0, len(self._times), step)
+                ]
             )
         return self._known[digest]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import ArrayLike
 
 from project.arrays import F64
 from project.data.context import CONTEXT, as_given
@@ -106,10 +107,10 @@ def moment_rows(
             logits = baseline.logits(scores["row_id"])
         if logits is not None:
             named[f"baseline {baseline.name}"] = logits
-    return inside_users(named, scores["label"].to_numpy(), scores["user"].to_numpy())
+    return inside_users(named, scores["label"], scores["user"])
 
 
-def inside_users(named: dict[str, F64], labels: F64, users: F64) -> MomentRows:
+def inside_users(named: dict[str, F64], labels: ArrayLike, users: ArrayLike) -> MomentRows:
     """AUC and NDCG@10 inside users of named logits (n,), with paired differences to exit 0."""
     # AUCs (u,) of users with both labels, and their rows
     aucs = {name: aucs_by_user(logits, labels, users) for name, logits in named.items()}

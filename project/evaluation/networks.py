@@ -106,10 +106,10 @@ class NetworkFeatures:
         terms = tuple(t for t in fit_terms(table, kinds, base) if t.kind != "is")
         numbers = feature_matrix(table, base, terms)
         train = targets_of(rows, "train")
-        known = {name: np.unique(train[name].to_numpy().astype(np.int64)) for name in IDS}
+        known = {name: np.unique(codes_of(train, name)) for name in IDS}
         for column, kind in kinds.items():
             if kind == "category":
-                known[column] = np.unique(category_ids(table, column))
+                known[column] = np.unique(codes_of(table, column))
         # a constant's deviation may come out as a rounding error
         scale = np.where(np.ptp(numbers, axis=0) > 0, numbers.std(axis=0), 1.0)
         shares = np.linspace(0, 1, BINS + 1)[1:-1]
@@ -146,13 +146,10 @@ class NetworkFeatures:
         targets = targets_of(rows, split)
         table = targets_table(rows, retrieved, split)
         numbers = feature_matrix(table, self.base, self.terms)
-        item = targets["item"].to_numpy().astype(np.int64)
+        item = codes_of(targets, "item")
         codes = {
             field_of(name): self._codes(
-                name,
-                targets[name].to_numpy().astype(np.int64)
-                if name in IDS
-                else category_ids(table, name),
+                name, codes_of(targets if name in IDS else table, name)
             )
             for name in self.known
         }
@@ -163,9 +160,8 @@ class NetworkFeatures:
         for name, answer in zip(HISTORY, (1, 0), strict=True):
             codes[name] = np.where(answers == answer, self._codes("item", items), PADDING)
         scaled = torch.from_numpy((numbers - self.mean) / self.scale).float()
-        return {name: torch.from_numpy(values) for name, values in codes.items()} | {
-            SCALED: scaled
-        }
+        fields = {name: torch.from_numpy(values) for name, values in codes.items()}
+        return fields | {SCALED: scaled}
 
     def _codes(self, name: str, ids: I64) -> I64:
         known = self.known[name]
@@ -178,8 +174,8 @@ def field_of(column: str) -> str:
     return column.replace(".", "_")
 
 
-def category_ids(table: pl.DataFrame, column: str) -> I64:
-    """(n,) codes of a category, -1 where it is missing."""
+def codes_of(table: pl.DataFrame, column: str) -> I64:
+    """(n,) of a category or of ids, -1 where it is missing."""
     return table[column].fill_null(-1).to_numpy().astype(np.int64)
 
 
@@ -411,10 +407,8 @@ def kept_networks(data: InteractionData) -> list[Baseline]:
     chosen = json.loads(table_about(folder / FILE)["chosen"])
     scores = pl.read_parquet(folder / FILE, glob=False)
     return [
-        Baseline(
-            name, scores.filter(pl.col("baseline") == name).drop("baseline"), chosen[name]
-        )
-        for name in chosen
+        Baseline(name, scores.filter(baseline=name).drop("baseline"), point)
+        for name, point in chosen.items()
     ]
 
 

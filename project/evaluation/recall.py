@@ -14,7 +14,7 @@ import polars as pl
 from project.arrays import Bool
 from project.data.protocol import answered, known_at
 from project.errors import ConfigError
-from project.results import Recall, RecallRow
+from project.results import Recall, UserMean
 from project.retrieval.candidates import CandidateFinder, CandidateSettings
 from project.retrieval.own_text import item_vectors
 
@@ -81,7 +81,7 @@ def found_by(
     return found
 
 
-def recalls(found: dict[int, dict[int, str]], at: Frozen) -> dict[str, RecallRow]:
+def recalls(found: dict[int, dict[int, str]], at: Frozen) -> dict[str, UserMean]:
     """Mean share of a user's truth among the candidates, over users with such items; and how many these are."""
     shares: dict[str, list[float]] = {
         name: [] for name in ("all", "known", "new", "users_with_history")

@@ -21,6 +21,7 @@ from project.evaluation.baselines import (
     baseline_rows,
     best_baseline,
     fit_baselines,
+    part_of,
     targets_of,
 )
 from project.evaluation.bootstrap import UserBootstrap
@@ -28,7 +29,7 @@ from project.evaluation.moment import moment_rows
 from project.evaluation.networks import kept_networks
 from project.exits.cost import row_tokens
 from project.exits.plan import ExitPlan, Plans
-from project.metrics import OwnMetric, auc, head_metrics, probabilities, session_metrics
+from project.metrics import OwnMetric, auc, losses, probabilities, session_metrics
 from project.results import (
     Adaptive,
     AgainstStatic,
@@ -109,12 +110,6 @@ def labelled_scores(scores: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
     return joined.select(scores.columns)
 
 
-def part_of(scores: pl.DataFrame, split: str, fold: str | None) -> pl.DataFrame:
-    """Rows of one split, or of one fold of validation, of a score table."""
-    part = scores.filter(pl.col("split") == split)
-    return part if fold is None else part.filter(pl.col("fold") == fold)
-
-
 def _logits(part: pl.DataFrame, layer: int) -> F64:
     return part[f"logit_{layer}"].to_numpy().astype(np.float64)
 
@@ -124,8 +119,8 @@ def exit_rows(
 ) -> list[ExitRow]:
     """The `exits` of a result file for one split, or one fold of validation; no intervals where draws is 0."""
     part = part_of(scores, split, fold)
-    labels = part["label"].to_numpy()
-    bootstrap = UserBootstrap(part["user"].to_numpy(), draws)
+    labels = part["label"]
+    bootstrap = UserBootstrap(part["user"], draws)
     layers = exit_layers_of(scores)
     if len(part) and not part["logit_0"].null_count():
         layers = [0, *layers]
@@ -146,8 +141,7 @@ def exit_rows(
 def choose_exit(scores: pl.DataFrame) -> int | None:
     """The exit layer of highest AUC on the `tune` fold (the shallowest of equals); None where that is undefined."""
     tune = part_of(scores, "valid", "tune")
-    labels = tune["label"].to_numpy()
-    values = {k: auc(_logits(tune, k), labels) for k in exit_layers_of(scores)}
+    values = {k: auc(_logits(tune, k), tune["label"]) for k in exit_layers_of(scores)}
     defined = {k: v for k, v in values.items() if v is not None}
     return max(defined, key=lambda k: defined[k]) if defined else None
 
@@ -168,7 +162,7 @@ def comparison(
     exits = exit_rows(scores, reported, fold)
     if best is not None:
         part = part_of(scores, reported, fold)
-        against = AgainstBaseline(best, part["row_id"].to_numpy(), rows)
+        against = AgainstBaseline(best, part["row_id"], rows)
         for row in exits:
             row["baseline_difference"] = against.difference(_logits(part, row["layer"]))
     chosen = (row["baseline_difference"] for row in exits if row["layer"] == chosen_exit)
@@ -245,7 +239,7 @@ def scored_rows(
         slices = slice_rows(targets, rows, data.retrieved[split], by_name, split)
         own = None
         if metric is not None:
-            own = own_metric(metric, by_name, part["label"].to_numpy(), part["user"])
+            own = own_metric(metric, by_name, part["label"], part["user"])
     scored: ScoredRows = {
         **found,
         "adaptive": adaptive,
@@ -387,25 +381,18 @@ class PlannedRows:
         outputs = plan.outputs(scores, features)
         layer, logit = plan.emitted(outputs)
         self.plan = plan
-        self.row_id, self.labels, self.users = (
-            scores[x].to_numpy() for x in ("row_id", "label", "user")
-        )
+        self.labels = scores["label"].to_numpy()
         self.calibrated: F64 = outputs.logits.double().numpy()
         self.layer: I64 = layer.numpy()
         self.logit: F64 = logit.double().numpy()
         # (n,) tokens that run in every layer
         self._tokens: F64 = row_tokens(scores).double().numpy()
-        self._bootstrap = UserBootstrap(self.users, draws)
+        self._bootstrap = UserBootstrap(scores["user"], draws)
 
     def calibrated_metrics(self, layer: int) -> Calibrated:
         """Of one head on all rows."""
-        found = head_metrics(self.head(layer), self.labels, self.users)
-        return {
-            "auc": found["auc"],
-            "log_loss": found["log_loss"],
-            "brier": found["brier"],
-            "ece": found["ece"],
-        }
+        head = self.head(layer)
+        return {"auc": auc(head, self.labels), **losses(head, self.labels)}
 
     def auc_leaving(self, layer: int) -> float | None:
         """AUC of the rows that leave at this layer."""

@@ -176,8 +176,8 @@ def certify(
     if np.isnan(adaptive).any() or np.isnan(last).any():
         raise DataError("certify: logits are NaN")
     # (n,) users as numbers from 0
-    owners = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
-    n = np.unique(owners).size
+    names, owners = np.unique(users, return_inverse=True)
+    n = names.size
     # the fold is not read
     untested = not_tested(n, settings, reason)
     if untested is not None:
@@ -348,7 +348,7 @@ class UserPairs:
 def user_means(losses: ArrayLike, users: ArrayLike) -> F64:
     """One loss a user, the mean over the user's rows: (..., n) -> (..., users)."""
     values = np.asarray(losses, dtype=np.float64)
-    code = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
+    code = np.unique(users, return_inverse=True)[1]
     sizes = np.bincount(code)
     # rows of a user side by side, so that one `reduceat` sums them
     order = np.argsort(code, kind="stable")

@@ -227,7 +227,7 @@ def out_of_fold_confidence(
     `make` makes an unfitted criterion; `users` (n,) are cut into two halves in the order of a salted hash.
     """
     # users, and the user of each row as a number
-    names, code = np.unique(np.asarray(users), return_inverse=True)
+    names, code = np.unique(users, return_inverse=True)
     if names.size < 2:
         raise DataError(
             f"a criterion that learns is scored on other users than it is fitted on: {names.size} users of the fold "
@@ -237,7 +237,7 @@ def out_of_fold_confidence(
     digests = [hashlib.sha256(f"0:{user}".encode()).digest() for user in names.tolist()]
     rank = np.argsort(sorted(range(names.size), key=digests.__getitem__))  # (users,)
     # (n,) whether a row's user is of the second half
-    second = torch.from_numpy((rank * 2 >= names.size)[code.reshape(-1)])
+    second = torch.from_numpy((rank * 2 >= names.size)[code])
     table = torch.empty_like(outputs.logits)
     for half in (~second, second):
         criterion = make()
@@ -253,13 +253,12 @@ def fit_criteria(
     """The `given` criterion, if any, then those of this file, fitted on the rows of tune.
 
     Each has its confidence there, (n, K), out-of-fold where it learns. One that has too few rows to learn from is left
-    out; where it is `given`, or no other is left, that is an error.
+    out; where it is `given`, that is an error.
     """
     unfitted = [Ratio(), Consistency(), RatioConsistency(), Learned()]
     if given is not None:
         unfitted = [given, *(c for c in unfitted if type(c) is not type(given))]
     fitted = list[tuple[Criterion, Tensor]]()
-    unfit: DataError | None = None  # of the last criterion that could not be fitted
     for one in unfitted:
         # the settings' own stays unfitted: the next calibration begins with it
         criterion = deepcopy(one)
@@ -270,14 +269,11 @@ def fit_criteria(
                 confidence = out_of_fold_confidence(partial(deepcopy, one), outputs, users)
             else:
                 confidence = confidence_table(criterion, outputs)
-        except DataError as error:
+        except DataError:
             if one is given:
                 raise
-            unfit = error
-            continue
-        fitted.append((criterion, confidence))
-    if unfit is not None and not fitted:
-        raise unfit
+        else:
+            fitted.append((criterion, confidence))
     return fitted
 
 

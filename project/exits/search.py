@@ -241,7 +241,7 @@ def user_influences(
     with.
     """
     positive = np.asarray(labels) == 1  # (n,)
-    user = np.unique(np.asarray(users), return_inverse=True)[1]  # (n,) 0 to U - 1
+    user = np.unique(users, return_inverse=True)[1]  # (n,) 0 to U - 1
     # the AUC is the mean of a class's components, so a row weighs 1 / rows of its class
     pairs = np.where(positive, positive.sum(), (~positive).sum())
     logits = scores.double().numpy()
@@ -294,9 +294,7 @@ def point(outputs: HeadOutputs, labels: ArrayLike, tokens: Tensor, exits: Tensor
     # token-layers of full depth
     whole = float((layers[-1] * tokens).sum())
     adaptive = outputs.logits.gather(1, exits[:, None]).squeeze(1)
-    best, value = (
-        auc(x.cpu().numpy(), np.asarray(labels)) for x in (outputs.logits[:, -1], adaptive)
-    )
+    best, value = (auc(x.cpu(), labels) for x in (outputs.logits[:, -1], adaptive))
     return {
         "cost": float((layers[exits] * tokens).sum()) / whole if whole else 1.0,
         "mean_depth": float(layers[exits].double().mean()),

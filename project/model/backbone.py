@@ -69,19 +69,10 @@ class NumberEmbedding(nn.Embedding):
         # at first a random point and a random direction a kind, as large as words'
         # (kinds, 1, H) each
         point, direction = (
-            torch.randn(
-                len(NUMBERS),
-                1,
-                words.embedding_dim,
-                dtype=weight.dtype,
-                device=weight.device,
-            )
-            * weight.std()
+            weight.new_empty(len(NUMBERS), 1, words.embedding_dim).normal_() * weight.std()
             for _ in range(2)
         )
-        at = torch.linspace(
-            FIRST_KNOT, LAST_KNOT, KNOTS, dtype=weight.dtype, device=weight.device
-        )
+        at = torch.linspace(FIRST_KNOT, LAST_KNOT, KNOTS).to(weight)
         knots = point + direction * at[:, None] / 2
         if answers is not None:
             # a rating one deviation below the mean starts as no, one above as yes
@@ -134,8 +125,8 @@ class ItemEmbedding(NumberEmbedding):
         # at first the standardised vector as large as a word's, and a random point for all;
         # the first H rows multiply a vector of length about 1, so that a step of AdamW
         # moves items not much farther than it moves words
-        start = torch.eye(width, dtype=weight.dtype, device=weight.device) * width**0.5
-        point = torch.randn(1, width, dtype=weight.dtype, device=weight.device)
+        start = torch.eye(width).to(weight) * width**0.5
+        point = weight.new_empty(1, width).normal_()
         self.projection = nn.Parameter(torch.cat([start, point]) * weight.std())
 
     @property

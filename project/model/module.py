@@ -346,7 +346,7 @@ class ExitRecommender(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log every head on the `select` fold; choose the exit on `tune`."""
-        scores = self._finish()
+        scores = self._finish(self.data.split.rows)
         if self.trainer.sanity_checking:
             return
         self.scores = scores
@@ -356,26 +356,28 @@ class ExitRecommender(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log every head, exactly."""
-        self.scores = self._finish()
+        self.scores = self._finish(self.data.split.rows)
         self._log_heads(exit_rows(self.scores, "test", draws=0), "test")
 
     def on_predict_epoch_end(self) -> None:
         """Keep the scores of all candidates."""
         assert self.data.requests is not None
         assert self.data.candidate_retrieved is not None
+        rows = self.data.requests.table()
+        self.scores = self._finish(rows, self.data.candidate_retrieved)
+
+    def _finish(
+        self, table: polars.DataFrame, retrieved: polars.DataFrame | None = None
+    ) -> polars.DataFrame:
+        """Scores of rows of a table, of the log without retrieved features of its own."""
         # gathered from all processes; rows that a sampler repeated stand once
         ids, values = self.collector.compute()
         self.collector.reset()
-        exit_0 = self.feature_baseline().logits(self.data.candidate_retrieved)
-        rows = self.data.requests.table()[ids[:, 0].cpu().numpy()]
-        self.scores = scores_of(ids, values, rows, exit_0, self.exit_layers)
-
-    def _finish(self) -> polars.DataFrame:
-        ids, values = self.collector.compute()
-        self.collector.reset()
-        # a row's id is its position in the split's table
-        rows = self.data.split.rows[ids[:, 0].cpu().numpy()]
-        exit_0 = self.feature_baseline().logits(self.data.retrieved_of(rows))
+        # a row's id is its position in the table
+        rows = table[ids[:, 0].cpu().numpy()]
+        if retrieved is None:
+            retrieved = self.data.retrieved_of(rows)
+        exit_0 = self.feature_baseline().logits(retrieved)
         return scores_of(ids, values, rows, exit_0, self.exit_layers)
 
     def _log_heads(self, rows: Sequence[Mapping[str, Any]], prefix: str) -> None:

@@ -123,12 +123,17 @@ def _above(bounds: Sequence[float] | None) -> bool:
     return bounds is not None and bounds[0] > 0
 
 
+def _macros() -> Any:
+    """Of the tables, by name."""
+    return environment().get_template("tables.md.j2").module
+
+
 def render(result: Result, folder: Path | None = None, short: bool = False) -> str:
     """Markdown of a result file of any command; a benchmark.json of the same protocol in `folder` adds times.
 
     `short`, of a run's scores: four rows, four columns and one sentence.
     """
-    made: Any = environment().get_template("tables.md.j2").module
+    made = _macros()
     match result["command"]:
         case "calibrate":
             calibrated = cast("CalibrateResult", result)
@@ -182,14 +187,12 @@ def render_beside(results: Mapping[str, ScoredResult]) -> str:
             values = [gain["value"] for gain in gains if gain and gain["value"] is not None]
             ends = min(values), max(values)
             spreads.append(Spread(folder, seeds, mean(values), stdev(values), *ends))
-    made: Any = environment().get_template("tables.md.j2").module
-    return tidy(made.beside(results, spreads))
+    return tidy(_macros().beside(results, spreads))
 
 
 def render_seconds(result: ScoredResult) -> str:
     """Markdown: where the seconds of a run went, longest first, with their sum."""
-    made: Any = environment().get_template("tables.md.j2").module
-    return tidy(made.seconds(result))
+    return tidy(_macros().seconds(result))
 
 
 def print_tables(arguments: list[str]) -> None:
@@ -266,32 +269,43 @@ def score_rows(
     own = {gain["baseline"] for gain in own_gains.values()}
     moment = result.get("moment")
     inside = {} if moment is None else moment["scores"]
+
+    def line(
+        name: str, key: str, row: BaselineRow | ExitRow | PlanRow, **more: Any
+    ) -> Line:
+        """What is known of some scores, whose name in result files is `key`."""
+        known = row["auc"], row["auc_interval"], inside.get(key), row["log_loss"]
+        return Line(name, *known, own_gain=own_gains.get(key), **more)
+
+    def cost(layer: int) -> dict[str, Any]:
+        """Of an exit; the last one is full depth."""
+        deepest = exits[-1]["layer"]
+        engine = "packed" if layer == deepest else f"fixed_depth_{layer}"
+        saved = deepest / layer if layer else None
+        return {"depth": layer, "saved": saved, "clock": _clock(timed, engine)}
+
     found = list[Line]()
     for baseline in baselines:
         name = baseline["name"]
         if not exits or name in (best, *own):
             kind = "best baseline" if exits and name == best else "baseline"
-            found.append(
-                scores_of(
-                    f"{kind} {name}", baseline, inside.get(f"baseline {name}")
-                )._replace(own_gain=own_gains.get(f"baseline {name}"))
-            )
+            found.append(line(f"{kind} {name}", f"baseline {name}", baseline))
     for row in exits:
         k = row["layer"]
         notes = ["best static exit"] if k == result["chosen_exit"] else []
         notes += ["full depth"] if row is exits[-1] else []
         name = f"exit {k}" + (f" ({', '.join(notes)})" if notes else "")
-        line = scores_of(name, row, inside.get(f"exit {k}"))._replace(
-            gain=row["baseline_difference"], own_gain=own_gains.get(f"exit {k}")
-        )
-        found.append(static_cost(line, k, exits, timed))
+        gain = row["baseline_difference"]
+        found.append(line(name, f"exit {k}", row, gain=gain, **cost(k)))
     plan = result["adaptive"]
     if not exits or plan is None:
         return found
     found.append(
-        scores_of("plan", plan, inside.get("plan"))._replace(
+        line(
+            "plan",
+            "plan",
+            plan,
             gain=plan["baseline_difference"],
-            own_gain=own_gains.get("plan"),
             depth=plan["mean_depth"],
             saved=plan["token_layer_speedup"],
             clock=_clock(timed, "early_exit", f"budget: {plan['criterion']}"),
@@ -306,10 +320,10 @@ def score_rows(
     calibrated = {row["layer"]: row["calibrated"] for row in exits}
     for beside, of in pairs:
         k = beside["layer"]
-        line = Line(f"exit {k}, of equal {of}", beside["auc"])
-        if losses := calibrated.get(k):
-            line = line._replace(log_loss=losses["log_loss"])
-        found.append(static_cost(line, k, exits, timed))
+        losses = calibrated.get(k)
+        loss = losses["log_loss"] if losses else None
+        name = f"exit {k}, of equal {of}"
+        found.append(Line(name, beside["auc"], log_loss=loss, **cost(k)))
     return found
 
 
@@ -345,25 +359,6 @@ def criteria_rows(calibrate: CalibrateResult) -> list[Criterion]:
         return next((s for s in static if s["auc"] is not None and s["auc"] >= auc), None)
 
     return [Criterion(name, s, as_accurate(s["auc"])) for name, s in steps.items()]
-
-
-def scores_of(
-    name: str, row: BaselineRow | ExitRow | PlanRow, inside: MomentRow | None
-) -> Line:
-    """A line of the main table without cost."""
-    return Line(name, row["auc"], row["auc_interval"], inside, row["log_loss"])
-
-
-def static_cost(
-    line: Line, layer: int, exits: Sequence[ExitRow], timed: Sequence[EngineRow]
-) -> Line:
-    """The line of an exit with its cost; the last of `exits` is full depth."""
-    deepest = exits[-1]["layer"]
-    return line._replace(
-        depth=layer,
-        saved=deepest / layer if layer else None,
-        clock=_clock(timed, "packed" if layer == deepest else f"fixed_depth_{layer}"),
-    )
 
 
 def list_rows(timed: Sequence[EngineRow]) -> list[tuple[EngineRow, EngineRow | None]]:
