@@ -50,11 +50,10 @@ def fit(
         **(DEFAULTS | trainer),
     )
     made.fit(model, datamodule=data)
-    if calibration.plans is None:
-        raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
     plans = calibration.plans
-    place = run_folder(made)
-    return Run(model, data, plans.plan, plans.lists, plans.certificate, place)
+    if plans is None:
+        raise NotCalibratedError(f"the exits are not calibrated: {calibration.refused}")
+    return Run(model, data, plans.plan, plans.lists, plans.certificate, run_folder(made))
 
 
 def recommend(run: Run, users: Sequence[str] | None = None, **asked: Any) -> pl.DataFrame:

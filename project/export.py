@@ -319,8 +319,13 @@ def load_exported(folder: str | Path) -> Exported:
         )
     # 2. the backbone; its LM head is empty, because the exit heads are loaded and not made
     # from it
-    headless = SimpleNamespace(weight=torch.empty(0))
-    backbone = Backbone(SimpleNamespace(config=model.config, model=model, lm_head=headless))
+    backbone = Backbone(
+        SimpleNamespace(
+            config=model.config,
+            model=model,
+            lm_head=SimpleNamespace(weight=torch.empty(0)),
+        )
+    )
     backbone.release_lm_head()
     if (folder / NUMBERS).exists():
         learned = load_file(folder / NUMBERS)
@@ -340,9 +345,12 @@ def load_exported(folder: str | Path) -> Exported:
     )
     heads.load_state_dict(load_file(folder / HEADS))
     terms = tuple(Term(*term) for term in policy["exit_0_terms"])
-    exit_0 = FeatureBaseline.from_array(policy["exit_0"], terms)
-    plans = Plans.from_state(policy[CHECKPOINT_KEY])
-    return Exported(backbone.eval(), heads.eval(), plans, exit_0)
+    return Exported(
+        backbone.eval(),
+        heads.eval(),
+        Plans.from_state(policy[CHECKPOINT_KEY]),
+        FeatureBaseline.from_array(policy["exit_0"], terms),
+    )
 
 
 def give_exported(module: ExitRecommender, folder: Path) -> Plans:

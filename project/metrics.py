@@ -84,7 +84,7 @@ def aucs_by_user(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> tupl
     # levels of the score
     level = np.unique(values, return_inverse=True)[1]
     rank = rankdata(code * values.size + level) - (np.cumsum(rows) - rows)[code]
-    positives = np.bincount(code, weights=positive).astype(np.float64)
+    positives = np.bincount(code, weights=positive)
     # by user, pairs in the right order, ties half
     won = np.bincount(code, weights=rank * positive) - positives * (positives + 1) / 2
     # users with both classes; the others have no AUC

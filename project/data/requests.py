@@ -558,24 +558,27 @@ def catalogue_requests(
         ]
         # 3. history: the user's in the log, or the latest rows of it that the request
         # brings
-        brought: tuple[HistoryRow, ...] | None = None
+        whose = log.users.row(user, named=True)
+        context = as_given(row, CONTEXT, log.texts) or None
+        request = RankRequest(
+            whose["user_id"],
+            None,
+            listed,
+            context=context,
+            time=time,
+            request_id=request_id,
+        )
         if history is not None:
             latest = earlier.tail(history).select("item", "label", "timestamp", "rating")
-            brought = tuple(
-                HistoryRow(ids[item], *rest) for item, *rest in latest.iter_rows()
+            request = replace(
+                request,
+                user_id=None,
+                history=tuple(
+                    HistoryRow(ids[item], *rest) for item, *rest in latest.iter_rows()
+                ),
+                user=as_given(whose, USER, log.texts),
             )
-        whose = log.users.row(user, named=True)
-        requests.append(
-            RankRequest(
-                whose["user_id"] if brought is None else None,
-                brought,
-                listed,
-                context=as_given(row, CONTEXT, log.texts) or None,
-                user=None if brought is None else as_given(whose, USER, log.texts),
-                time=time,
-                request_id=request_id,
-            )
-        )
+        requests.append(request)
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
     return Workload(Requests(requests, items), table)
 

@@ -43,7 +43,7 @@ class Row:
     def of(cls, requests: I64, stream: I64, own: I64) -> Row:
         """Row of m candidates from their requests (m,), tokens (m,), and the stream tokens of all R requests."""
         live, owner = np.unique(requests, return_inverse=True)
-        return cls(live, stream[live], own, owner.astype(np.int64))
+        return cls(live, stream[live], own, owner)
 
     def keep(self, stays: Bool) -> Row:
         """The row of the candidates that stay, (m,) bool; a request without one is dropped with its stream."""
@@ -69,13 +69,6 @@ class Row:
     def starts(self) -> I64:
         """(m + 1,) where each candidate starts; the last entry is T."""
         return offsets_of(self.own) + int(self.stream.sum())
-
-    @property
-    def own_tokens(self) -> I64:
-        """(r,) tokens of each request's candidates."""
-        return np.bincount(
-            self.owner, weights=self.own, minlength=len(self.requests)
-        ).astype(np.int64)
 
     def stream_tokens(self) -> list[tuple[int, int]]:
         """Per request, which it is and how many of its stream tokens run here."""

@@ -120,29 +120,21 @@ def _with_room(x: Tensor, tokens: int) -> Tensor:
     return x.new_empty(1, int(tokens * ROOM), x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-class StreamCache:
+class StreamCache(Recent[CachedStream]):
     """Streams of users, whose tensors take at most `mib` MiB together; the least recently used is forgotten first."""
 
     def __init__(self, mib: float = 1024) -> None:
-        self._recent = Recent[CachedStream](mib)
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    @property
-    def bytes(self) -> int:
-        """Of all kept streams."""
-        return self._recent.bytes
+        super().__init__(mib)
 
     def common(self, user: Hashable, stream: StreamTokens) -> int:
         """Number of leading tokens of a stream that are kept for a user."""
-        kept = self._recent.look(user)
+        kept = self.look(user)
         return 0 if kept is None else kept.stream.common(stream)
 
     def take(self, user: Hashable, layers: int) -> CachedStream:
         """What is known of a user's stream, taken out: a batch that fails leaves no stream in an unknown state."""
-        return self._recent.pop(user) or CachedStream(layers)
+        return self.pop(user) or CachedStream(layers)
 
     def give(self, user: Hashable, stream: CachedStream) -> None:
         """Keep a stream after its batch, instead of another one of the user's."""
-        self._recent.put(user, stream, stream.bytes)
+        self.put(user, stream, stream.bytes)

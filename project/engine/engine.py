@@ -376,7 +376,8 @@ class EngineBatch:
     def _count(self, first: int, last: int) -> None:
         """Count the row's tokens in layers first, ..., last - 1, without those that an exit read in layer `first`."""
         read = int(first == self.read)
-        self.token_layers[self.row.requests] += self.row.own_tokens * (last - first - read)
+        own = self.row.own * (last - first - read)
+        np.add.at(self.token_layers, self.row.requests[self.row.owner], own)
         for i, ran in self.row.stream_tokens():
             stream = self.streams[i]
             seen = ran * read if stream is None else stream.read(first, ran)

@@ -191,9 +191,7 @@ class Run:
                 raise DataError(f"request {request.request_id!r}: {error}") from None
         requests = with_room(Requests(resolved, catalogue.table()), self.data)
         # 2. their scores
-        return pl.concat(
-            self.score_part(requests, part)[0] for part in parts_of(requests, PART)
-        )
+        return pl.concat(self.score_part(requests, part)[0] for part in parts_of(requests))
 
     def score_part(
         self, requests: Requests, part: Sequence[RankRequest | InvalidRequest]
@@ -231,7 +229,7 @@ class Run:
         with tempfile.TemporaryDirectory(
             prefix=f".{path.stem}-", dir=path.parent
         ) as folder:
-            for part in parts_of(requests, PART):
+            for part in parts_of(requests):
                 table, counted = self.score_part(requests, part)
                 counts.update(counted)
                 files.append(Path(folder) / f"{len(files)}.parquet")
@@ -246,9 +244,9 @@ def as_requests(
 ) -> list[RankRequest]:
     """Requests of a table with a row each, as a file has them, or as they are; unnamed ones get their place as name."""
     if isinstance(given, pl.DataFrame):
-        rows = given.to_dicts()
         found = [
-            request_of({"request_id": str(place)} | row) for place, row in enumerate(rows)
+            request_of({"request_id": str(place)} | row)
+            for place, row in enumerate(given.to_dicts())
         ]
     else:
         listed = [given] if isinstance(given, RankRequest) else given
@@ -328,10 +326,8 @@ def print_counts(counts: Mapping[str, int], path: Path) -> None:
     )
 
 
-def parts_of(
-    requests: Requests, candidates: int
-) -> Iterator[list[RankRequest | InvalidRequest]]:
-    """All requests in their order, cut behind the one that reaches so many candidates."""
+def parts_of(requests: Requests) -> Iterator[list[RankRequest | InvalidRequest]]:
+    """All requests in their order, cut behind the one that reaches PART candidates."""
     invalid = {r.place: r for r in requests.invalid}
     usable = iter(requests.requests)
     part = list[RankRequest | InvalidRequest]()
@@ -339,7 +335,7 @@ def parts_of(
     for place in range(len(requests.requests) + len(invalid)):
         part.append(invalid.get(place) or next(usable))
         size += len(part[-1].candidates)
-        if size >= candidates:
+        if size >= PART:
             yield part
             part = []
             size = 0

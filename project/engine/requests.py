@@ -44,9 +44,10 @@ class StreamTokens:
     def common(self, other: StreamTokens) -> int:
         """Number of leading tokens that are equal in both: their keys and values are equal, too."""
         n = min(len(self), len(other))
-        same = np.ones(n, dtype=bool)
-        for f in fields(self):
-            same &= getattr(self, f.name)[:n] == getattr(other, f.name)[:n]
+        same = np.all(
+            [getattr(self, f.name)[:n] == getattr(other, f.name)[:n] for f in fields(self)],
+            axis=0,
+        )
         return n if same.all() else int(same.argmin())
 
 

@@ -216,8 +216,10 @@ def earlier_rows(rows: pl.DataFrame, split: str, last: int) -> tuple[I64, I64]:
         padded = np.append(np.full(last, NO_ROW), own)
         place[queries] = padded[earlier[:, None] + np.arange(last)]
     place = place[log.query]  # (targets, last)
-    items = np.where(place == NO_ROW, NO_ROW, log.item[place])
-    return items, np.where(place == NO_ROW, NO_ROW, log.label[place])
+    items, answers = (
+        np.where(place == NO_ROW, NO_ROW, x[place]) for x in (log.item, log.label)
+    )
+    return items, answers
 
 
 def build_network(name: str, features: NetworkFeatures, embedding: int) -> nn.Module:

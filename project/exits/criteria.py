@@ -363,13 +363,10 @@ class Learned(Criterion):
 
 def _features(outputs: HeadOutputs, width: int) -> Tensor:
     """(n, width): retrieved features, derived numbers, logits so far, then zeros, so that heads stack."""
-    # (n,)
-    now = outputs.probabilities[:, -1]
-    changes = (
-        outputs.probabilities.diff(dim=1).abs()
-        if outputs.heads > 1
-        else torch.zeros_like(now)[:, None]
-    )
+    chances = outputs.probabilities
+    now = chances[:, -1]  # (n,)
+    # (n, heads) 0 at the first head
+    changes = chances.diff(dim=1, prepend=chances[:, :1]).abs()
     derived = [
         outputs.logits[:, -1].abs(),
         now * (1 - now),

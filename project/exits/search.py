@@ -319,14 +319,17 @@ def control_curves(
     head whose probability is near the last head's, from strict to lax: an upper bound for criteria that predict drift,
     since no policy knows the last head. It reads no labels, so it is none for accuracy.
     """
-    static = list[Point]()
-    for head, layer in enumerate(outputs.layers):
-        everybody = torch.full((len(tokens),), head)
-        static.append(point(outputs, labels, tokens, everybody) | {"layer": layer})
+    everybody = torch.ones(len(tokens), dtype=torch.int64)
+    heads = (outputs.heads,)
     # (n, K) 0 at the last head
     drift = (outputs.probabilities - outputs.probabilities[:, -1:]).abs()
-    oracle = list[Point]()
-    for tolerance in ORACLE_TOLERANCES:
-        exits = leave(-drift, drift.new_full((outputs.heads,), -tolerance))
-        oracle.append(point(outputs, labels, tokens, exits))
-    return {"fixed_depth": static, "oracle": oracle}
+    return {
+        "fixed_depth": [
+            point(outputs, labels, tokens, everybody * head) | {"layer": layer}
+            for head, layer in enumerate(outputs.layers)
+        ],
+        "oracle": [
+            point(outputs, labels, tokens, leave(-drift, drift.new_full(heads, -tolerance)))
+            for tolerance in ORACLE_TOLERANCES
+        ],
+    }

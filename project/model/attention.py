@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import rotate_half
 
-from project.layout import Block, Layout
+from project.layout import Layout
 
 SEGMENTS = "segments"
 
@@ -108,7 +108,9 @@ def segments_attention(
             mask = block.mask
             if history is not None:
                 # an earlier segment is read as the history shows it, the own one as it is here
-                own = mask & _same_segment(block, layout.segment[row])
+                segment = layout.segment[row]
+                of_keys = torch.cat([segment[slice(*span)] for span in block.keys])
+                own = mask & (segment[start:stop, None] == of_keys)
                 mask = torch.cat([own, mask & ~own], dim=1)
                 seen = mask.any(dim=0)
                 mask = mask[:, seen]
@@ -141,12 +143,6 @@ def segments_attention(
 def one_per_query_head(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, key-value heads, T, dim) repeated to as many heads as queries have."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _same_segment(block: Block, segment: Tensor) -> Tensor:
-    """(queries, keys) of a block whose tokens are of one segment; `segment` (T,) is of its row."""
-    keys = torch.cat([segment[start:stop] for start, stop in block.keys])
-    return segment[slice(*block.queries), None] == keys
 
 
 def _joined(

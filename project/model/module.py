@@ -63,17 +63,15 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    # names below `layers`, of every linear layer of attention and MLP
-    linear = (
-        name
-        for name, part in backbone.layers.named_modules()
-        if isinstance(part, nn.Linear)
-    )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=LORA_SCALE * settings.rank,  # peft divides it by r
-        # such as layers.0.self_attn.q_proj
-        target_modules=[f"layers.{name}" for name in linear],
+        # every linear layer of attention and MLP, such as layers.0.self_attn.q_proj
+        target_modules=[
+            f"layers.{name}"
+            for name, part in backbone.layers.named_modules()
+            if isinstance(part, nn.Linear)
+        ],
     )
     inject_adapter_in_model(config, backbone)  # freezes all that is no adapter
 

@@ -90,7 +90,7 @@ def planned_steps(trainer: L.Trainer, train_batches: int) -> int:
                 "rate falls along a cosine that has to end. Set trainer.max_epochs."
             )
         return steps
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * max(1, epochs or 1)
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (epochs or 1)
     return by_epochs if steps == -1 else min(by_epochs, steps)
 
 

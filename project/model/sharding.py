@@ -79,9 +79,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 optimizer.param_groups, state["param_groups"], strict=True
             ):
                 # as they were: on its way to the other processes a tuple became a list
-                group.update(
-                    {key: value for key, value in saved.items() if key != "params"}
-                )
+                group.update(saved | {"params": group["params"]})
 
     def optimizer_state(self, optimizer: Optimizer) -> Checkpoint:
         """Whole, on rank 0, as `optimizer.state_dict()` of one process; empty on the others."""

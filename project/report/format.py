@@ -75,13 +75,11 @@ def number(value: float | None, digits: int = 4, signed: bool = False) -> Markup
     return Markup(re.sub(r"^([+-]?)0\.", r"\1.", text))
 
 
-def interval(
-    bounds: Sequence[float] | None, digits: int = 4, signed: bool = False
-) -> Markup:
+def interval(bounds: Sequence[float] | None, signed: bool = False) -> Markup:
     """[.7156, .7627], or "undefined"."""
     if bounds is None:
         return UNDEFINED
-    return Markup(f"[{', '.join(number(bound, digits, signed) for bound in bounds)}]")
+    return Markup(f"[{', '.join(number(bound, signed=signed) for bound in bounds)}]")
 
 
 def difference(found: Estimate | None) -> Markup:

@@ -71,11 +71,9 @@ def pareto_figure(calibrate: CalibrateResult, baseline: NamedAUC | None = None) 
     # it does not squeeze them
     span = max(levels) - min(levels) if levels else 0.0
     if levels and baseline and baseline[1] < min(levels) - span:
-        axes.plot(
-            [], [], " ", label=f"best baseline {baseline[0]} ({number(baseline[1])}): below"
-        )
+        axes.plot([], [], " ", label=f"{_named(baseline)}: below")
     elif baseline:
-        _baseline_line(axes, baseline, baseline[1])
+        _level(axes, baseline[1], _named(baseline))
         levels.append(baseline[1])
     if levels:
         margin = 0.07 * (max(levels) - min(levels)) or 0.01
@@ -104,7 +102,7 @@ def depth_figure(
     axes.set_xticks(layers)
     # 3. the baseline is 0
     if baseline:
-        _baseline_line(axes, baseline, 0.0)
+        _level(axes, 0.0, _named(baseline))
     return _finished(axes)
 
 
@@ -119,7 +117,7 @@ def backtest_figure(periods: Sequence[Period]) -> Figure:
             and period["baseline"] is not None
         ]
         axes.plot(*zip(*known, strict=True), "o-", color=colour, label=mode)
-    axes.axhline(0, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)))
+    _level(axes, 0.0)
     axes.tick_params("x", labelrotation=30)
     return _finished(axes)
 
@@ -137,17 +135,21 @@ def _bars(
         for x, d in rows.items()
         if d and d["value"] is not None
     ]
+    places = [x for x, _, _ in defined]
     if defined:
         values = np.array([value for _, value, _ in defined])
         bounds = np.array([bounds or (value, value) for _, value, bounds in defined])
-        places = [x for x, _, _ in defined]
         axes.errorbar(places, values, np.abs(bounds.T - values), fmt=style, color=colour, ms=5.5, lw=1.5,
                       elinewidth=1.2, capsize=3, label=label)  # fmt: skip
-    return [x for x, _, _ in defined]
+    return places
 
 
-def _baseline_line(axes: Axes, baseline: NamedAUC, height: float) -> None:
-    label = f"best baseline {baseline[0]} ({number(baseline[1])})"
+def _named(baseline: NamedAUC) -> str:
+    return f"best baseline {baseline[0]} ({number(baseline[1])})"
+
+
+def _level(axes: Axes, height: float, label: str | None = None) -> None:
+    """A line at the best baseline's AUC."""
     axes.axhline(
         height, color=COLOURS["baseline"], lw=1.2, linestyle=(0, (6, 3)), label=label
     )

@@ -151,25 +151,20 @@ def _reported(
     results: Mapping[str, ScoredResult], calibrate: CalibrateResult | None
 ) -> tuple[str, ScoredResult]:
     """The split and the result with the rows to report, with the latest plan and certificate."""
-    for command in ("test", "validate", "fit", "baselines"):
-        if command in results:
-            break
+    command = next(c for c in ("test", "validate", "fit", "baselines") if c in results)
+    split = "test" if command == "test" else "valid"
     found = results[command]
     if calibrate is None:
-        return "test" if command == "test" else "valid", found
-    certificate = found["certificate"] or calibrate["certificate"]
-    if command == "test":
-        return "test", {**found, "certificate": certificate}
-    old, new = found["adaptive"], calibrate["adaptive"]
-    keys: tuple[Literal["criterion", "auc", "mean_depth"], ...]
-    keys = ("criterion", "auc", "mean_depth")
-    # the same plan was compared with the best baseline, too
-    same = old is not None and all(old[key] == new[key] for key in keys)
-    return "valid", {
-        **found,
-        "certificate": certificate,
-        "adaptive": old if same else new,
-    }
+        return split, found
+    found = {**found, "certificate": found["certificate"] or calibrate["certificate"]}
+    if split == "valid":
+        old, new = found["adaptive"], calibrate["adaptive"]
+        keys: tuple[Literal["criterion", "auc", "mean_depth"], ...]
+        keys = ("criterion", "auc", "mean_depth")
+        # else the same plan was compared with the best baseline, too
+        if old is None or any(old[key] != new[key] for key in keys):
+            found["adaptive"] = new
+    return split, found
 
 
 def run_report(arguments: Sequence[str]) -> Path:

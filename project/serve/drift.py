@@ -79,12 +79,13 @@ class Watch:
 
     Args:
         null: Largest expected loss that is no drift.
-        words: What the log says in front of the numbers, and what follows of them.
+        found: What the log says in front of the numbers.
+        follows: What follows of them.
     """
 
-    def __init__(self, null: float, words: tuple[str, str]) -> None:
+    def __init__(self, null: float, found: str, follows: str) -> None:
         self.null = null
-        self._words = words
+        self._words = found, follows
         self._grid = np.union1d(np.linspace(0, 1, 201)[1:], null)
         self._capital = Capital(self._grid)
         self._sum = 0.0
@@ -138,16 +139,16 @@ class Monitor(Watch):
         cache: StreamCache | None = None,
         share: float = 0.01,
     ) -> None:
-        words = (
+        super().__init__(
+            reference + TOLERANCE,
             "the probabilities of plan and full depth have come to differ",
             "from now on every request runs to full depth",
         )
-        super().__init__(reference + TOLERANCE, words)
-        of_lists = (
+        self.lists = Watch(
+            EPSILON,
             "lists have come to differ from those of full depth",
             "from now on requests for a list run to full depth",
         )
-        self.lists = Watch(EPSILON, of_lists)
         self._plan = plan
         self._margins = lists
         self._heads = EveryHead(plan.calibration)

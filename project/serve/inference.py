@@ -43,8 +43,11 @@ FAILED = HTTPException(503, "The inference process failed; try again.")
 
 def too_much_text() -> HTTPException:
     """The response to what brings texts while too many wait."""
-    text = "Too much text of new items waits to be embedded; try again in a second."
-    return HTTPException(429, text, {"Retry-After": "1"})
+    return HTTPException(
+        429,
+        "Too much text of new items waits to be embedded; try again in a second.",
+        {"Retry-After": "1"},
+    )
 
 
 def run_inference(

@@ -115,9 +115,15 @@ class Ranker:
         self._cache = cache = StreamCache(cache_mib)
         self._engine = Engine(model, ListExits(plan, run.lists, device), cache)
         self._whole = Engine(model, RowExits(nobody_leaves(plan), device), cache)
-        # without a score table of this checkpoint nobody knows which loss is no drift
-        share = 0.0 if reference is None else audit_share
-        self.monitor = Monitor(model, plan, run.lists, reference or 0.0, cache, share)
+        self.monitor = Monitor(
+            model,
+            plan,
+            run.lists,
+            reference or 0.0,
+            cache,
+            # without a score table of this checkpoint nobody knows which loss is no drift
+            0.0 if reference is None else audit_share,
+        )
         # 3. what it is
         base = model.backbone_name
         self.about: dict[str, Any] = {
@@ -327,8 +333,7 @@ class Ranker:
         """A known item: title and other columns, likes and rows as of now."""
         if item_id not in self._codes:
             return None
-        code = self._codes[item_id]
-        row = self._items.row(code, named=True)
+        row = self._items.row(self._codes[item_id], named=True)
         likes, rows = self._index.counts(row.pop("item"))
         return row | {"likes": likes, "rows": rows}
 
@@ -386,8 +391,7 @@ class Ranker:
                         unread.update(range(before, len(catalogue.added)))
                     continue
                 else:
-                    waits = Scored.failed(request, None)
-                    found[place] = replace(waits, waits_for=missing)
+                    found[place] = replace(Scored.failed(request, None), waits_for=missing)
             except ProjectError as error:
                 found[place] = Scored.failed(request, str(error))
             # or they would be embedded with the others' items
@@ -545,7 +549,7 @@ class Ranker:
                 "shorter title."
             )
         numbers, exit_0 = criteria_and_exit_0(self._baseline, found)
-        prepared = PreparedRequest(
+        return PreparedRequest(
             request.request_id,
             history.prefix(instruction, limit),
             until_slots(segments.tokens, segments.slots),
@@ -555,8 +559,7 @@ class Ranker:
             request.user_id if known else None,
             np.inf if request.deadline is None else request.deadline,
             request.list_of,
-        )
-        return prepared, found
+        ), found
 
 
 class History:

@@ -81,8 +81,11 @@ class Inference:
     async def ask(self, payload: object) -> Any:
         """The answer to a payload."""
         if len(self.waiting) >= self._most:
-            text = f"{self._most} requests wait or run; try again in a second."
-            raise HTTPException(429, text, {"Retry-After": "1"})
+            raise HTTPException(
+                429,
+                f"{self._most} requests wait or run; try again in a second.",
+                {"Retry-After": "1"},
+            )
         number = next(self._numbers)
         future = asyncio.get_running_loop().create_future()
         self.waiting[number] = payload, future

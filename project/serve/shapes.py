@@ -215,14 +215,16 @@ class AskingBody(Options):
 
     def _asked(self, name: str) -> dict[str, Any]:
         """Fields of its request but for candidates."""
-        asked = self.model_dump(exclude=NOT_DUMPED)
-        asked |= {"context": self.context, "user": self.user}
-        asked |= {"deadline": self.deadline, "request_id": name, "history": None}
+        rows = None
         if self.history is not None:
-            asked["history"] = [
-                HistoryRow(r.item(), r.label, r.time, r.rating) for r in self.history
-            ]
-        return asked
+            rows = [HistoryRow(r.item(), r.label, r.time, r.rating) for r in self.history]
+        return self.model_dump(exclude=NOT_DUMPED) | {
+            "history": rows,
+            "deadline": self.deadline,
+            "context": self.context,
+            "user": self.user,
+            "request_id": name,
+        }
 
 
 class RankBody(AskingBody):
@@ -323,12 +325,18 @@ class Queried(Options):
             ]
         # 2. who asks: a user that the client names, else the query, a user or a text that
         # somebody liked
-        user = self.user_id or self.query
         liked = None
         if not self.user_id:
             liked = [HistoryRow(Item(title=self.query), 1)] if self.query.strip() else []
-        how = self.deadline, self.top_n, self.exhaustive
-        return RankRequest(user, liked, items, *how, request_id=name)
+        return RankRequest(
+            self.user_id or self.query,
+            liked,
+            items,
+            self.deadline,
+            self.top_n,
+            self.exhaustive,
+            request_id=name,
+        )
 
 
 class CohereBody(Queried):

@@ -142,10 +142,10 @@ class Versions:
 
     async def _ask_other(self, request: RankRequest, asked: str) -> Scored | None:
         """The other version's answer; None where it has none, which is counted."""
-        waiting = len(self._other.waiting)
+        most = self._settings.max_batch_requests
         if not self._other.ready:
             reason = "not loaded"
-        elif asked == "shadow" and waiting >= self._settings.max_batch_requests:
+        elif asked == "shadow" and len(self._other.waiting) >= most:
             reason = "busy"
         else:
             try:

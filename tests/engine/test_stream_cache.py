@@ -288,7 +288,7 @@ def test_a_cache_never_keeps_more_than_it_may(
             else world.plan(Ratio(), share)
         )
         Engine(world.module, policy, cache, read_tokens=read).score([request])
-        streams = [stream for stream, _ in cache._recent._kept.values()]
+        streams = [stream for stream, _ in cache._kept.values()]
         tensors = [
             x for s in streams for pair in s._pairs if pair is not None for x in pair
         ]
