@@ -41,7 +41,6 @@ NEEDED = ("config.yaml", "bundle/bundle.json", "bundle/tokenizer", "checkpoints/
 POLICY = "exit_policy.ckpt"  # exit plans and exit 0: tensors and plain values
 HEADS = "heads.safetensors"
 NUMBERS = "numbers.safetensors"
-HISTORY = "history.safetensors"  # what deeper layers read of a shallow history
 # what a backbone's embedding has beside the words, by its name in the state
 LEARNED = ("numbers", "context", "projection", "moments")
 _AUTO: Any = AutoModel  # its constructors are not typed
@@ -178,7 +177,6 @@ def export(run: Path, folder: Path) -> Path:
     policy = {
         "schema_version": SCHEMA_VERSION,
         "exit_layers": bundle["exit_layers"],
-        "history_layers": module.history_layers,
         "exit_0": torch.from_numpy(baseline.to_array()),
         "exit_0_terms": [list(term) for term in baseline.terms],
         CHECKPOINT_KEY: plans.state(),
@@ -203,13 +201,6 @@ def export(run: Path, folder: Path) -> Path:
         if learned:
             items = load_file(run / "bundle" / ITEM_VECTORS) if module.items else {}
             save_file(learned | items, part / NUMBERS)
-        shallow = {
-            name: weights.contiguous()
-            for name, weights in state.items()
-            if ".history_" in name
-        }
-        if shallow:
-            save_file(shallow, part / HISTORY)
         torch.save(policy, part / POLICY)
         (part / "config.yaml").write_text(_served(run, bundle), encoding="utf-8")
         scale = run / "bundle" / RATING_SCALE
@@ -246,7 +237,6 @@ def _served(run: Path, bundle: Mapping[str, Any]) -> str:
         "model": {
             "backbone": named(bundle["base_model"]),
             "exit_layers": bundle["exit_layers"],
-            "history_layers": config["model"].get("history_layers"),
         },
         "data": data,
         "trainer": {"precision": config.get("trainer", {}).get("precision")},
@@ -273,7 +263,7 @@ def _save_backbone(backbone: Backbone, state: Mapping[str, Tensor], folder: Path
     state = {
         name.replace("final_norm.", "norm."): weights
         for name, weights in state.items()
-        if ".history_" not in name and name.removeprefix("embed_tokens.") not in LEARNED
+        if name.removeprefix("embed_tokens.") not in LEARNED
     }
     with torch.device("meta"):  # only its names: the weights are the backbone's
         model = _AUTO.from_config(deepcopy(backbone.config), attn_implementation="sdpa")
@@ -335,9 +325,6 @@ def load_exported(folder: str | Path) -> Exported:
             backbone.embed_tokens.know(learned.pop("items"))
         state = {f"embed_tokens.{name}": values for name, values in learned.items()}
         backbone.load_state_dict(state, strict=False)
-    if policy["history_layers"] is not None:
-        backbone.keep_history_shallow(policy["history_layers"])
-        backbone.load_state_dict(load_file(folder / HISTORY), strict=False)
     # 3. the heads
     direction = torch.zeros(model.config.hidden_size)
     heads = nn.ModuleDict(

@@ -177,7 +177,6 @@ def make_module(
     seed: int = 0,
     family: str = "llama",
     exits: Sequence[int] = EXITS,
-    history_layers: int | None = None,
 ) -> ExitRecommender:
     """Five layers whose attention is far from uniform, heads that differ."""
     torch.manual_seed(seed)
@@ -195,13 +194,8 @@ def make_module(
         no_rope_layer_interval=3,  # of SmolLM3: an exit reads a layer without rotary positions
         initializer_range=0.2,
     )
-    module = ExitRecommender(
-        "none", list(exits), history_layers=history_layers, numbers=True
-    )
+    module = ExitRecommender("none", list(exits), numbers=True)
     module.set_backbone(Backbone.from_config(config), _Answers())
-    for name, weight in module.named_parameters():
-        if ".history_" in name and weight.ndim == 2:  # not those of the layer
-            torch.nn.init.normal_(weight, std=0.2)
     for head in module.heads.values():
         torch.nn.init.normal_(head.linear.weight, std=0.2)
     return module.eval()

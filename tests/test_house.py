@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = 101
+SETTINGS = 100
 # The aims of the house: 125,000 tokens in the package and 150,000 in the tests.
-TOKENS = 153_750
+TOKENS = 150_100
 TOKENS_A_LINE = 9.0
-TEST_TOKENS = 183_600
+TEST_TOKENS = 183_050
 FLOORS = (  # from the ground up
     "project errors arrays layout cache results metrics features request",
     "data run run_folder",

@@ -27,7 +27,7 @@ from project.exits.calibration import Calibration
 from project.exits.criteria import HeadOutputs
 from project.exits.plan import ExitPlan
 from project.exits.ranking import ScoredRequests
-from project.model.attention import History, history_pair, positioned
+from project.model.attention import positioned
 from project.model.backbone import State
 from project.model.module import ExitRecommender
 
@@ -219,7 +219,6 @@ class EngineBatch:
             ):
                 if any(stream.waits_unread(depth) for stream in self._row_streams()):
                     state = self._compact(state, depth)
-                state = self._end_history(state, depth)
                 self._count(depth, layer)
                 self.read = depth
                 answers = answers_of_layer(
@@ -247,8 +246,8 @@ class EngineBatch:
     def _scored(self, i: int, logits: F64, exit_layer: I64) -> Scored:
         """The scores of a request. Its stream goes back into the cache, as deep as it came, unless scores are NaN.
 
-        At full depth all layers run all tokens that the cache has not, a history's those that run histories. So this
-        cost is what a server that always runs to full depth pays for the same requests, in the same order.
+        At full depth all layers run all tokens that the cache has not. So this cost is what a server that always runs
+        to full depth pays for the same requests, in the same order.
         """
         request = self.requests[i]
         stream = self.streams[i]
@@ -261,9 +260,7 @@ class EngineBatch:
         if cache is not None and request.user is not None and stream is not None:
             cache.give(request.user, stream)
         cached = int(self.cached[i])
-        backbone = self.engine.backbone
-        full = len(backbone.layers) * len(request.candidates.values)
-        full += backbone.history_layers * (len(request.stream) - cached)
+        tokens = len(request.candidates.values) + len(request.stream) - cached
         return Scored(
             request.request_id,
             logits,
@@ -271,7 +268,7 @@ class EngineBatch:
             spent,
             late=bool(self.late[i]),
             list_of=int(self.list_of[i]),
-            full_depth_token_layers=full,
+            full_depth_token_layers=len(self.engine.backbone.layers) * tokens,
             cached=None if request.user is None else cached > 0,
         )
 
@@ -280,16 +277,10 @@ class EngineBatch:
         engine = self.engine
         # 1. Stream tokens that run: those that no cache has.
         ran = np.array([len(r.stream) for r in self.requests]) - self.cached  # (R,)
-        layers = len(engine.backbone.layers)
-        shallow = engine.backbone.history_layers < layers
         for i in np.unique(self.request_of[self.alive]).tolist():
             request = self.requests[i]
-            stream = None
             if engine.cache is not None and request.user is not None:
-                stream = engine.cache.take(request.user, layers)
-            elif shallow:  # keys and values that outlive their tokens, for this batch alone
-                stream = CachedStream(layers)
-            if stream is not None:
+                stream = engine.cache.take(request.user, len(engine.backbone.layers))
                 stream.adopt(request.stream, int(self.cached[i]))
                 self.streams[i] = stream
         # 2. Token ids in the order of the row.
@@ -344,34 +335,12 @@ class EngineBatch:
             for depth in stream.waiting
             if start <= depth < stop
         }
-        # where histories end, if that is on the way
-        end = min(max(start, self.engine.backbone.history_layers), stop)
-        for first, last in pairwise(sorted({start, stop, end} | waiting)):
+        for first, last in pairwise(sorted({start, stop} | waiting)):
             if first in waiting:
                 state = self._compact(state, first)
-            state = self._end_history(state, first)
             self._count(first, last)
             state = self.engine.backbone.run(state, first, last)
         return state
-
-    def _end_history(self, state: State, depth: int) -> State:
-        """At the depth where histories end: deeper layers get their keys and values, and their tokens leave the row."""
-        if depth != self.engine.backbone.history_layers:
-            return state
-        layers = self.engine.backbone.layers
-        spans = list(pairwise(self.row.streams.tolist()))
-        end = spans[-1][1]
-        if not end:
-            return state
-        # 1. keys and values of all streams by one product a layer
-        past = History(*(x[:, :end] for x in (state.hidden, *state.position_embeddings)))
-        for index in range(depth, len(layers)):
-            key, value = history_pair(layers[index].self_attn, past)
-            for stream, (a, b) in zip(self._row_streams(), spans, strict=True):
-                stream.keep(index, key[:, :, a:b], value[:, :, a:b], runs=True)
-        # 2. the row of candidates alone
-        self.row = replace(self.row, stream=np.zeros_like(self.row.stream))
-        return self._state(state.hidden[0, end:])
 
     def _count(self, first: int, last: int) -> None:
         """Count the row's tokens in layers first, ..., last - 1, without those that an exit read in layer `first`."""

@@ -7,7 +7,7 @@ the layout reaches it as a keyword argument of the layer.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,6 @@ from transformers.models.llama.modeling_llama import rotate_half
 from project.layout import Layout
 
 SEGMENTS = "segments"
-
-
-class History(NamedTuple):
-    """Tokens where the history ends: their hidden states (B, T, H), cosines and sines (B, T, head dim)."""
-
-    hidden: Tensor
-    cos: Tensor
-    sin: Tensor
-
-
-def history_pair(attention: Any, history: History) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, key-value heads, T, dim) of a layer behind the history's last one.
-
-    As in SwiftKV (arXiv 2410.03960), by projections of their own.
-    """
-    normed = attention.history_norm(history.hidden)
-    shape = (*normed.shape[:2], -1, attention.head_dim)
-    key = attention.history_k(normed).view(shape)
-    value = attention.history_v(normed).view(shape).transpose(1, 2)
-    key = positioned(attention, "k_norm", key, history.cos, history.sin)
-    return key.transpose(1, 2), value
 
 
 def positioned(attention: Any, norm: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,14 +39,12 @@ def segments_attention(
     layout: Layout,
     scaling: float,
     dropout: float = 0.0,
-    history: History | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention under the visibility rule of `layout`, in the signature of transformers' attention functions.
 
     `query` is (B, heads, T, dim), `key` and `value` (B, key-value heads, T, dim), rotary embedding applied. Returns
-    (B, T, heads, dim), zero at padding, and no attention weights. Where there is a `history`, keys and values of
-    earlier segments are made from it, and `key` and `value` are read inside a segment alone.
+    (B, T, heads, dim), zero at padding, and no attention weights.
     """
     attend = getattr(layout, "attend", None)
     # the engine's structure of a batch, which may hold cached keys and values
@@ -79,11 +56,6 @@ def segments_attention(
     if query.device.type != "cpu":
         key, value = (one_per_query_head(x, heads) for x in (key, value))
     grouped = key.shape[1] != heads
-    # keys and values of earlier segments, where they are not the layer's own
-    earlier = list[Tensor]()
-    if history is not None:
-        pair = history_pair(module, history)
-        earlier = [one_per_query_head(x, key.shape[1]) for x in pair]
     rows = []
     for row in range(query.shape[0]):
         blocks = [block for block in layout.blocks if block.row == row]
@@ -97,33 +69,17 @@ def segments_attention(
         sizes = [stop - start for start, stop in pairwise(edges)]
         # pieces (heads, tokens, dim) of the row
         q, k, v = (torch.split(x[row], sizes, dim=1) for x in (query, key, value))
-        past = [torch.split(x[row], sizes, dim=1) for x in earlier]
         # 2. One call a block; zeros where there is none.
         parts = list[Tensor]()  # (tokens, heads, dim), in the order of the row
         end = 0  # tokens of the row that have a part
         for block in blocks:
             start, stop = block.queries
-            keys = _joined(k, at, block.keys)
-            values = _joined(v, at, block.keys)
-            mask = block.mask
-            if history is not None:
-                # an earlier segment is read as the history shows it, the own one as it is here
-                segment = layout.segment[row]
-                of_keys = torch.cat([segment[slice(*span)] for span in block.keys])
-                own = mask & (segment[start:stop, None] == of_keys)
-                mask = torch.cat([own, mask & ~own], dim=1)
-                seen = mask.any(dim=0)
-                mask = mask[:, seen]
-                keys = torch.cat([keys, _joined(past[0], at, block.keys)], dim=2)
-                values = torch.cat([values, _joined(past[1], at, block.keys)], dim=2)
-                keys = keys[:, :, seen]
-                values = values[:, :, seen]
             # (tokens of the block, heads, dim)
             out = F.scaled_dot_product_attention(
                 _joined(q, at, [block.queries]),
-                keys,
-                values,
-                attn_mask=mask,
+                _joined(k, at, block.keys),
+                _joined(v, at, block.keys),
+                attn_mask=block.mask,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=grouped,

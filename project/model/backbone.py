@@ -20,7 +20,7 @@ from project.data.download import quiet_loading
 from project.data.prompt import FIRST_ITEM_ID, NUMBERS, read_number_ids
 from project.errors import ConfigError
 from project.layout import Layout
-from project.model.attention import SEGMENTS, History
+from project.model.attention import SEGMENTS
 
 FAMILIES = ("llama", "smollm3", "qwen2", "qwen3", "mistral")
 # "dynamic" and "longrope" turn by the longest position of the batch: logits would depend on
@@ -43,8 +43,6 @@ class State:
     layout: Layout  # structure of the (B, T) tokens
     # cosines and sines of the rotary embedding, each (B, T, head dim)
     position_embeddings: tuple[Tensor, Tensor]
-    # what layers behind the history's last one read of earlier segments; None: their hidden states
-    history: History | None = None
 
 
 class NumberEmbedding(nn.Embedding):
@@ -169,7 +167,6 @@ class Backbone(nn.Module):
         self.embed_tokens = model.model.embed_tokens
         self.layers = model.model.layers
         self.rotary_emb = model.model.rotary_emb
-        self.history_layers = len(self.layers)  # that run a history's tokens
         # for heads to copy; frozen: nothing reads it in the forward pass, and DDP waits for
         # every trainable parameter
         self.final_norm = model.model.norm.requires_grad_(False)
@@ -239,15 +236,6 @@ class Backbone(nn.Module):
         kind = ItemEmbedding if items else NumberEmbedding
         self.embed_tokens = kind(self.embed_tokens, answers)
 
-    def keep_history_shallow(self, layers: int) -> None:
-        """Run histories through so many layers; later ones make their keys and values from where they end."""
-        self.history_layers = layers
-        for layer in self.layers[layers:]:
-            # at first as the layer's own
-            layer.self_attn.history_norm = deepcopy(layer.input_layernorm)
-            layer.self_attn.history_k = deepcopy(layer.self_attn.k_proj)
-            layer.self_attn.history_v = deepcopy(layer.self_attn.v_proj)
-
     def embed(self, tokens: Tensor, layout: Layout) -> State:
         """State of token ids (B, T) before the first layer; the layout is on their device, its blocks planned."""
         hidden = self.embed_tokens(tokens)
@@ -257,14 +245,11 @@ class Backbone(nn.Module):
         """Apply layers start, ..., stop - 1, counted from 0, to the state after `start` layers."""
         hidden = state.hidden
         for index in range(start, stop):
-            if index == self.history_layers:
-                state = replace(state, history=History(hidden, *state.position_embeddings))
             # position and layout are the same for all layers
             hidden = self.layers[index](
                 hidden,
                 position_embeddings=state.position_embeddings,
                 layout=state.layout,
-                history=state.history,
             )
         return replace(state, hidden=hidden)
 

@@ -96,8 +96,6 @@ class ExitRecommender(L.LightningModule):
         exit_layers: Depths that have a head, ascending; layer k means after k decoder layers. The last one is the full
             depth: later layers of the backbone are not loaded.
         optim: Learning rates.
-        history_layers: Layers that run a history's tokens, all by default; what deeper layers read of them is made from
-            where they end, so that a history that is not cached costs less.
         lora: Train adapters instead of the backbone's own weights.
         freeze_embeddings: Keep the token embeddings as they are.
         head: Class of the prediction heads, by its path: project.model.heads.ExitHead or a subclass.
@@ -113,7 +111,6 @@ class ExitRecommender(L.LightningModule):
         backbone: str = "smollm2-135m-instruct",
         exit_layers: list[int] = DEFAULT_EXITS,
         optim: OptimSettings = DEFAULT_OPTIM,
-        history_layers: int | None = None,
         lora: LoraSettings | None = None,
         freeze_embeddings: bool = True,
         head: type[ExitHead] = ExitHead,
@@ -132,12 +129,6 @@ class ExitRecommender(L.LightningModule):
         self.backbone_name = backbone
         self.exit_layers = exit_layers
         self.depth = exit_layers[-1]  # layers that are run at most
-        if history_layers is not None and not 1 <= history_layers < self.depth:
-            raise ConfigError(
-                f"model.history_layers is {history_layers}; expected 1 to {self.depth - 1}, fewer than the last of "
-                "model.exit_layers, or null for all."
-            )
-        self.history_layers = history_layers
         self.optim = optim
         self.lora = lora
         self.freeze_embeddings = freeze_embeddings
@@ -232,8 +223,6 @@ class ExitRecommender(L.LightningModule):
         for layer in self.exit_layers:
             self.heads[str(layer)] = self.head(backbone.final_norm, direction)
         # 2. what is trained of the backbone
-        if self.history_layers is not None:
-            backbone.keep_history_shallow(self.history_layers)
         if self.lora is not None:
             add_lora(backbone, self.lora)
         # the LM head has served: it is as large as the embeddings
@@ -452,7 +441,7 @@ class ExitRecommender(L.LightningModule):
         if missing or surplus:
             raise CheckpointError(
                 f"the checkpoint lacks {sorted(missing)[:3]} and has unknown {sorted(surplus)[:3]} "
-                f"({len(missing)} and {len(surplus)} in all): model.lora, model.history_layers, "
+                f"({len(missing)} and {len(surplus)} in all): model.lora, "
                 "model.freeze_embeddings or the numbers of data.prompt.segment differ from the run that made it. "
                 "Use its config.yaml."
             )

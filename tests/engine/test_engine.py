@@ -136,40 +136,6 @@ def test_a_layer_read_at_answer_positions_is_the_whole_layer(family: str) -> Non
         assert check(plan, world, everyone(world), early) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3"])
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_history_that_stays_shallow(layers: int, family: str) -> None:
-    """Static depths and early exits to 1e-5 of candidates one by one; cold, cached, and after one that left earlier.
-
-    Token-layers: candidates as deep as they run, histories through `layers` at most.
-    """
-    module = make_module(family=family, history_layers=layers)
-    rng = np.random.default_rng(7)
-    requests = [
-        random_request(rng, f"r{i}", *size)
-        for i, size in enumerate([(0, 3), (5, 1), (4, 6)])
-    ]
-    with torch.no_grad():
-        world = World(module, requests, [raw_outputs(module, r) for r in requests])
-    plan = world.plan(Ratio(), 0.4)
-    shallow_first = StreamCache()  # streams wait where the first exit left them
-    Engine(module, static_exits(plan, 1), shallow_first).score(requests)
-    for cache in (None, StreamCache(), shallow_first):
-        for layer in (3, 2, 5, 1):
-            scores = Engine(module, static_exits(plan, layer), cache).score(requests)
-            for i, (request, scored) in enumerate(zip(requests, scores, strict=True)):
-                column = world.calibrated(plan, i).logits[:, plan.layers.index(layer)]
-                np.testing.assert_allclose(scored.logits, column.numpy(), atol=1e-5)
-                own = len(request.candidates.values)
-                history = len(request.stream)
-                if cache is None:
-                    expected = layer * own + min(layer, layers) * history
-                    assert scored.token_layers == expected
-                    assert scored.full_depth_token_layers == 5 * own + layers * history
-        early = Engine(module, RowExits(plan), cache, read_tokens=0).score(requests)
-        assert check(plan, world, everyone(world), early) == 0
-
-
 def test_who_leaves_never_runs_the_layer_that_was_read(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
